@@ -1,0 +1,901 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MosaicBERT for transformers: a post-norm BERT encoder with ALiBi, gated MLPs and no padding inside.
+
+forward pass, top to bottom:
+    pack_batch            which tokens are real, which form a sequence      (batch, seqlen) -> total
+    BertEmbeddings        word + token type, LayerNorm                      (total,)     -> (total, dim)
+    BertLayer, N times    attention with ALiBi, then a gated MLP            (total, dim) -> (total, dim)
+    pad_input             zeros where padding was                           (total, dim) -> (batch, seqlen, dim)
+    a head                MLM, classification, question answering, ...
+
+Shapes: batch, seqlen, heads, head_dim, dim = heads * head_dim, inter, vocab; total = tokens that are not padding.
+Parameter names and the packed layout of Wqkv are frozen by published checkpoints.
+"""
+
+import itertools
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import logging
+
+from .bert_padding import PackedBatch, check_shape, pack_batch, pad_input, unpad_input
+from .configuration_bert import MosaicBertConfig
+
+try:
+    # transformers 5: these leave weights alone that a checkpoint has already filled.
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init
+
+try:
+    from .flash_attn_triton import flash_attn_varlen_qkvpacked_func as triton_varlen_attention
+except ImportError as error:
+    triton_varlen_attention, triton_missing = None, str(error)
+
+try:
+    from flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_2_varlen_attention
+except ImportError as error:
+    flash_attn_2_varlen_attention, flash_attn_2_missing = None, str(error)
+
+logger = logging.get_logger(__name__)
+
+
+# ---- ALiBi ----
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slope of each head (Press et al., 2022, and its reference code for head counts that are no power of two).
+
+    2^(-8k/n) for k = 1..n where n is the largest power of two <= heads; the remaining heads take every other slope of
+    the sequence for 2n, starting with the first.
+    """
+
+    def powers(n):
+        return [2 ** (-8 * k / n) for k in range(1, n + 1)]
+
+    n = 2 ** int(math.log2(heads))
+    return powers(n) + powers(2 * n)[::2][: heads - n]
+
+
+def alibi_window(slopes: Tensor, seqlen: int) -> Tensor:
+    """(heads, 2 * seqlen - 1): ALiBi's bias by signed distance, from -(seqlen - 1) to seqlen - 1."""
+    distance = torch.arange(1 - seqlen, seqlen, device=slopes.device).abs()
+    return -slopes[:, None] * distance
+
+
+def bias_for_reversed_keys(window: Tensor, seqlen: int) -> Tensor:
+    """ALiBi's bias (1, heads, seqlen, seqlen) for keys in reversed order: a view of `window`, never to be written to.
+
+    Against reversed keys the distance depends on row + column alone, so each row of the bias is the row above moved by
+    one, and the whole is an overlapping view of O(seqlen) values.
+    """
+    heads, width = window.shape
+    return window.as_strided((1, heads, seqlen, seqlen), (0, width, 1, 1), width // 2 + 1 - seqlen)
+
+
+# ---- attention backends: (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None ----
+# qkv (total, 3, heads, head_dim); slopes (heads,) float32; context (total, heads, head_dim)
+
+
+def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
+    """The reference: scores, bias and probabilities are dense, (batch, heads, seqlen, seqlen); softmax in float32."""
+    total, _, _, head_dim = qkv.shape
+    query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)  # each (batch, heads, seqlen, head_dim)
+    token = torch.arange(total, device=qkv.device)
+    sequence = torch.searchsorted(batch.cu_seqlens[1:], token, right=True)
+    position = token - batch.cu_seqlens[sequence] if batch.positions is None else batch.positions
+    # Sequences count from 1 here, since pad_input leaves 0 at padding.
+    sequence, position = pad_input(sequence + 1, batch), pad_input(position, batch)
+
+    distance = (position[:, None, :, None] - position[:, None, None, :]).abs()
+    elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
+    scores = (query @ key.transpose(-1, -2)).float() * head_dim**-0.5 - slopes[:, None, None] * distance
+    scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
+    probs = F.dropout(probs, dropout_p).to(qkv.dtype)
+    return unpad_input((probs @ value).transpose(1, 2), batch), probs
+
+
+def sdpa_varlen(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None, dropout_p: float) -> Tensor:
+    """torch's scaled_dot_product_attention, one call for each run of sequences of equal length.
+
+    The bias takes O(seqlen) memory. Sequences with gaps in their positions are the exception: theirs is (heads, seqlen,
+    seqlen), for one sequence at a time.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    if not lengths:
+        return qkv[:, 0]
+    runs = [(n, len(list(run))) for n, run in itertools.groupby(lengths)] if positions is None else [(n, 1) for n in lengths]
+    window = alibi_window(slopes, max(lengths))
+    contexts = []
+    # Split, not slices: the gradient of a slice is a whole tensor of zeros, once for each sequence.
+    for (seqlen, count), tokens in zip(runs, qkv.split([n * count for n, count in runs])):
+        query, key_value = tokens.unflatten(0, (count, seqlen)).split([1, 2], dim=2)
+        if positions is None:
+            key_value, bias = key_value.flip(1), bias_for_reversed_keys(window, seqlen)
+        else:
+            position, positions = positions[:seqlen], positions[seqlen:]
+            bias = -slopes[None, :, None, None] * (position[:, None] - position).abs()
+        if not qkv.is_cpu:
+            # Only the CPU kernel is known to read overlapping rows and a float32 bias beside half-precision queries.
+            bias = bias.to(qkv.dtype).contiguous()
+        query, key, value = (x.squeeze(2).transpose(1, 2) for x in (query, *key_value.split(1, dim=2)))
+        with torch.autocast(qkv.device.type, enabled=False):
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+        contexts.append(context.transpose(1, 2).flatten(0, 1))
+    return torch.cat(contexts)
+
+
+# torch.compile cannot trace a loop over lengths that only the data knows; it takes the loop as one operator.
+@torch.library.custom_op("mosaic_bert::sdpa_varlen", mutates_args=())
+def sdpa_varlen_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None) -> Tensor:
+    return sdpa_varlen(qkv, cu_seqlens, slopes, positions, 0.0)
+
+
+@torch.library.custom_op("mosaic_bert::sdpa_varlen_backward", mutates_args=())
+def sdpa_varlen_backward_op(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
+) -> Tensor:
+    _, vjp = torch.func.vjp(lambda x: sdpa_varlen(x, cu_seqlens, slopes, positions, 0.0), qkv)
+    return vjp(grad)[0].contiguous()
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _sdpa_varlen_gradient(ctx, grad):
+    return sdpa_varlen_backward_op(grad, *ctx.saved_tensors), None, None, None
+
+
+sdpa_varlen_op.register_fake(lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape))
+sdpa_varlen_backward_op.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
+sdpa_varlen_op.register_autograd(_sdpa_varlen_gradient, setup_context=_save_for_backward)
+
+
+def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
+    """`sdpa_varlen`; inside torch.compile as one operator, unless there is dropout, which breaks the graph."""
+    if torch.compiler.is_compiling() and not dropout_p:
+        return sdpa_varlen_op(qkv, batch.cu_seqlens, slopes, batch.positions), None
+    return sdpa_varlen(qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p), None
+
+
+def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
+    """The package's own kernel, flash_attn_triton.py."""
+    context = triton_varlen_attention(
+        qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes, position_ids=batch.positions
+    )
+    return context, None
+
+
+def flash_attention_2(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
+    """The flash-attn package's kernel, which takes ALiBi's slopes but measures distance by index only."""
+    if batch.positions is not None:
+        raise ValueError(
+            "attn_implementation='flash_attention_2' measures distance by index, and this batch has gaps between its "
+            "positions (zeros inside a row of attention_mask, or position_ids that skip): use 'sdpa'"
+        )
+    context = flash_attn_2_varlen_attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes)
+    return context, None
+
+
+ATTENTION_BACKENDS = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "triton": triton_attention,
+    "flash_attention_2": flash_attention_2,
+}
+
+
+def why_not(backend: str, qkv: Tensor) -> str | None:
+    """The reason why `backend` cannot take `qkv` (total, 3, heads, head_dim), or None if it can."""
+    head_dim = qkv.shape[-1]
+    if backend not in ("triton", "flash_attention_2"):
+        return None
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted:
+        if not qkv.is_cuda:
+            return f"it needs CUDA tensors, got {qkv.device.type}"
+        if torch.cuda.get_device_capability(qkv.device) < (8, 0):
+            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(qkv.device)}"
+    limit, dtypes = 128, (torch.float16, torch.bfloat16, torch.float32)
+    if backend == "flash_attention_2":
+        limit, dtypes = 256, (torch.float16, torch.bfloat16)
+    if qkv.dtype not in dtypes:
+        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {qkv.dtype}"
+    if head_dim % 8 or head_dim > limit:
+        return f"it takes head_dim that is a multiple of 8 up to {limit}, got {head_dim}"
+    return None
+
+
+def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False) -> str:
+    """Name of the backend that runs, from the tensors at hand, since a model may be loaded before it is moved.
+
+    | requested | the tensors                                 | backend    |
+    |-----------|---------------------------------------------|------------|
+    | auto      | attentions are to be returned               | eager      |
+    | auto      | CUDA, Triton imports and can take them      | triton     |
+    | auto      | CUDA, Triton imports and cannot take them   | sdpa, with one warning |
+    | auto      | any others                                  | sdpa       |
+    | a name    | that backend can take them                  | that name  |
+    | a name    | it cannot, or it returns no attentions      | ValueError |
+    """
+    if requested == "auto":
+        if output_attentions:
+            return "eager"
+        if triton_varlen_attention is None or not qkv.is_cuda:
+            return "sdpa"
+        if reason := why_not("triton", qkv):
+            logger.warning_once(f"Attention runs on 'sdpa' instead of 'triton': {reason}")
+            return "sdpa"
+        return "triton"
+    if output_attentions and requested != "eager":
+        raise ValueError(
+            f"output_attentions=True needs attn_implementation='eager', got {requested!r}, which never holds them"
+        )
+    if reason := why_not(requested, qkv):
+        raise ValueError(f"attn_implementation={requested!r} cannot run here: {reason}. Use 'sdpa', or leave it out")
+    return requested
+
+
+# ---- the model ----
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over dim; with `low_precision`, autocast does not upcast it but it stays in autocast's dtype."""
+
+    def __init__(self, dim: int, eps: float, low_precision: bool = False):
+        super().__init__(dim, eps=eps)
+        self.low_precision = low_precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not (self.low_precision and torch.is_autocast_enabled(device)):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(
+                x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+            )
+
+
+class BertEmbeddings(nn.Module):
+    """Word and token type embeddings. Positions have none: ALiBi is in the attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None) -> Tensor:
+        """input_ids, token_type_ids (total,); inputs_embeds (total, dim) in place of input_ids -> (total, dim)."""
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.word_embeddings)
+            inputs_embeds = self.word_embeddings(input_ids)
+        if token_type_ids is None:
+            # Added as a vector: a look-up would send the gradients of all tokens to one row, one after another.
+            types = self.token_type_embeddings.weight[0]
+        else:
+            check_ids("token_type_ids", token_type_ids, self.token_type_embeddings)
+            types = self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(inputs_embeds + types))
+
+
+def check_ids(name: str, ids: Tensor, embedding: nn.Embedding):
+    """ValueError for ids that have no embedding; only where looking costs no synchronisation."""
+    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (x.item() for x in ids.aminmax())
+        if low < 0 or high >= embedding.num_embeddings:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} holds {wrong}, outside 0 .. {embedding.num_embeddings - 1}: does the tokenizer fit?")
+
+
+class BertSelfAttention(nn.Module):
+    """Multi-head attention with ALiBi among the tokens of each sequence."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, output_attentions: bool):
+        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or None."""
+        qkv = self.Wqkv(hidden_states).unflatten(-1, (3, self.config.num_attention_heads, -1))
+        attend = ATTENTION_BACKENDS[choose_backend(self.config._attn_implementation, qkv, output_attentions)]
+        context, probs = attend(qkv, slopes, batch, self.config.attention_probs_dropout_prob if self.training else 0.0)
+        return context.flatten(1), probs
+
+
+class BertSelfOutput(nn.Module):
+    """Output projection of the attention, residual and LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(context)) + residual)
+
+
+class BertAttention(nn.Module):
+    """Self-attention and its output; the names `self` and `output` are the checkpoints'."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden_states, slopes, batch, output_attentions, keep=None):
+        """As BertSelfAttention; with `keep` (kept,) int64, the output is computed for these tokens only."""
+        context, probs = self.self(hidden_states, slopes, batch, output_attentions)
+        if keep is not None:
+            context, hidden_states = context.index_select(0, keep), hidden_states.index_select(0, keep)
+        return self.output(context, hidden_states), probs
+
+
+class BertGatedLinearUnitMLP(nn.Module):
+    """GELU-gated linear unit (GEGLU; Shazeer, 2020), residual and LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.act = nn.GELU()
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)  # each (total, inter)
+        return self.layernorm(self.wo(self.dropout(self.act(gate) * value)) + hidden_states)
+
+
+class BertLayer(nn.Module):
+    """Attention, then MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.mlp = BertGatedLinearUnitMLP(config)
+
+    def forward(self, hidden_states, slopes, batch, output_attentions, keep=None):
+        hidden_states, probs = self.attention(hidden_states, slopes, batch, output_attentions, keep)
+        return self.mlp(hidden_states), probs
+
+
+class BertEncoder(nn.Module):
+    """The layers, and ALiBi's slopes for all of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: Tensor, batch: PackedBatch, output_attentions: bool):
+        """(total, dim) -> the output of the embeddings and of each layer, and each layer's probabilities.
+
+        Where the batch names labelled tokens, the last layer's output is (labelled, dim).
+        """
+        slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=hidden_states.device)
+        states, attentions = [hidden_states], []
+        for i, layer in enumerate(self.layer):
+            keep = batch.labelled if i == len(self.layer) - 1 else None
+            inputs = (states[-1], slopes, batch, output_attentions, keep)
+            if self.gradient_checkpointing and self.training:
+                hidden_states, probs = self._gradient_checkpointing_func(layer.__call__, *inputs)
+            else:
+                hidden_states, probs = layer(*inputs)
+            states.append(hidden_states)
+            attentions.append(probs)
+        return states, attentions
+
+
+class BertPooler(nn.Module):
+    """tanh(dense(first token of the row))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, seqlen, dim) -> (batch, dim)."""
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """dense, activation, LayerNorm; its eps is 1e-12 whatever the config says, as in the published model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = ACT2FN[config.hidden_act]
+        self.LayerNorm = LayerNorm(config.hidden_size, 1e-12, config.low_precision_layernorm)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Transform, then the decoder: word embeddings (tied) and a bias of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+class BertOnlyMLMHead(nn.Module):
+    """(..., dim) -> (..., vocab); the name `predictions` is the checkpoints'."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.predictions(hidden_states)
+
+
+class BertPreTrainedModel(PreTrainedModel):
+    """What all models share: configuration, initialisation, choice of attention backend."""
+
+    config_class = MosaicBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BertLayer"]
+    # Trainer: only the MLM loss is divided by num_items_in_batch.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config, *args, **kwargs):
+        if not isinstance(config, MosaicBertConfig):
+            config = MosaicBertConfig.from_stock(config)
+        super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, **kwargs):
+        """Called by transformers at load and by set_attn_implementation: refuses names that can never run here."""
+        missing = {}
+        if triton_varlen_attention is None:
+            missing["triton"] = triton_missing
+        if flash_attn_2_varlen_attention is None:
+            missing["flash_attention_2"] = flash_attn_2_missing
+        name = attn_implementation or "auto"
+        usable = ["auto", *(x for x in ATTENTION_BACKENDS if x not in missing)]
+        if name not in usable:
+            reason = f" ({missing[name]})" if name in missing else ""
+            raise ValueError(f"attn_implementation={name!r} is not available{reason}. Choose one of {', '.join(usable)}")
+        return name
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True
+
+    def _finish(self, output, return_dict):
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder, and the pooler unless `add_pooling_layer=False` (for checkpoints that have none)."""
+
+    def __init__(self, config, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(self.config)
+        self.encoder = BertEncoder(self.config)
+        self.pooler = BertPooler(self.config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        batch: PackedBatch | None = None,
+    ):
+        """
+        Args:
+            input_ids: (batch, seqlen) int64.
+            attention_mask: (batch, seqlen) bool, int or float; 1 for tokens, 0 for padding, which may be anywhere.
+            token_type_ids: (batch, seqlen) int64; zeros if None.
+            position_ids: (batch, seqlen) or (1, seqlen) int64, increasing; distances are taken from them and each 0
+                begins a new sequence, which attends to itself only. None: places in the row.
+            inputs_embeds: (batch, seqlen, dim), in place of input_ids.
+            output_attentions: return each layer's probabilities (batch, heads, seqlen, seqlen); needs "eager" or no
+                attn_implementation.
+            output_hidden_states: return the output of the embeddings and of each layer, (batch, seqlen, dim).
+            return_dict: False for a tuple.
+            batch: `pack_batch` of these inputs, from a head that has already made it. The last hidden state then stays
+                unpadded, (total, dim), or (labelled, dim) if the batch names labelled tokens, and is not pooled.
+
+        Returns:
+            BaseModelOutputWithPooling: last_hidden_state (batch, seqlen, dim), zeros at padding; pooler_output
+            (batch, dim) of the first column, tokens or not, as published.
+
+        Raises:
+            ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids without embedding (on
+                the CPU), a backend that cannot take these tensors.
+        """
+        tokens = exactly_one(input_ids, inputs_embeds)
+        check_shape("token_type_ids", token_type_ids, tokens.shape[:2])
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        packed_by_head = batch is not None
+        if not packed_by_head:
+            batch = pack_batch(tokens, attention_mask, position_ids)
+
+        inputs = (x if x is None else unpad_input(x, batch) for x in (input_ids, token_type_ids, inputs_embeds))
+        states, attentions = self.encoder(self.embeddings(*inputs), batch, output_attentions)
+        last, pooled = states[-1], None
+        if not packed_by_head:
+            last = pad_input(last, batch)
+            pooled = self.pooler(last) if self.pooler is not None else None
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=pooled,
+            hidden_states=tuple(pad_input(x, batch) for x in states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return self._finish(output, return_dict)
+
+
+def exactly_one(input_ids, inputs_embeds):
+    """The one of the two that is given. ValueError: both or none, or not (batch, seqlen[, dim])."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both"))
+    tokens, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+    if tokens.dim() != rank:
+        name = "input_ids must be (batch, seqlen)" if rank == 2 else "inputs_embeds must be (batch, seqlen, dim)"
+        raise ValueError(f"{name}, got shape {tuple(tokens.shape)}")
+    return tokens
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Mean over labels other than -100, in float32; 0 with a gradient graph if there are none.
+
+    Args:
+        logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of labels here.
+    """
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
+
+
+class BertForMaskedLM(BertPreTrainedModel):
+    """Masked language modelling, with the decoder tied to the word embeddings."""
+
+    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(self.config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(self.config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value):
+        self.cls.predictions.decoder = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """
+        Args:
+            labels: (batch, seqlen) int64, -100 where there is none; labels on padding are ignored.
+            num_items_in_batch: divides the summed loss, for gradient accumulation; the number of labels if None.
+            The others are as in `BertModel.forward`.
+
+        Returns:
+            MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding. In training with labels
+            and `config.sparse_prediction`, logits are those of the labelled tokens only, (labelled, vocab) in row-major
+            order, unless hidden states are asked for.
+        """
+        tokens = exactly_one(input_ids, inputs_embeds)
+        check_shape("labels", labels, tokens.shape[:2])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        sparse = self.training and self.config.sparse_prediction and not output_hidden_states
+        batch = pack_batch(tokens, attention_mask, position_ids, labels if sparse else None)
+        outputs = self.bert(
+            input_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            batch=batch,
+        )
+        logits, loss = self.cls(outputs.last_hidden_state), None
+        if labels is not None:
+            labels = unpad_input(labels, batch)
+            if batch.labelled is not None:
+                labels = labels.index_select(0, batch.labelled)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
+        if batch.labelled is None:
+            logits = pad_input(logits, batch)
+        output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self._finish(output, return_dict)
+
+
+class BertForSequenceClassification(BertPreTrainedModel):
+    """Classification or regression of whole rows from the pooled first token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = self.config.num_labels
+        self.bert = BertModel(self.config)
+        self.dropout = classifier_dropout(self.config)
+        self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """
+        Args:
+            labels: by `config.problem_type`, or, where that is None, by num_labels and dtype: "regression" (num_labels
+                1), (batch,) or (batch, num_labels) float; "single_label_classification", (batch,) int64;
+                "multi_label_classification", (batch, num_labels) float.
+            The others are as in `BertModel.forward`.
+
+        Returns:
+            SequenceClassifierOutput: loss; logits (batch, num_labels).
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss = self.classifier(self.dropout(outputs.pooler_output)), None
+        if labels is not None:
+            loss = sequence_loss(logits, labels, self.config.problem_type)
+        output = SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self._finish(output, return_dict)
+
+
+def classifier_dropout(config) -> nn.Dropout:
+    p = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if p is None else p)
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Loss of `BertForSequenceClassification`, in float32; logits (batch, num_labels), labels as documented there."""
+    batch, num_labels = logits.shape
+    if problem_type is None and num_labels == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        problem_type = ("multi" if labels.is_floating_point() else "single") + "_label_classification"
+    if problem_type == "single_label_classification":
+        check_shape("labels", labels, (batch,), (batch, 1))
+        return cross_entropy(logits, labels.flatten())
+    if num_labels == 1:
+        check_shape("labels", labels, (batch,), (batch, 1))
+        labels = labels.reshape(batch, 1)
+    check_shape("labels", labels, (batch, num_labels))
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits.float(), labels.float())
+
+
+class BertForTokenClassification(BertPreTrainedModel):
+    """Classification of each token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = self.config.num_labels
+        self.bert = BertModel(self.config, add_pooling_layer=False)
+        self.dropout = classifier_dropout(self.config)
+        self.classifier = nn.Linear(self.config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """
+        Args:
+            labels: (batch, seqlen) int64, -100 where there is none.
+            The others are as in `BertModel.forward`.
+
+        Returns:
+            TokenClassifierOutput: loss; logits (batch, seqlen, num_labels).
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
+        if labels is not None:
+            check_shape("labels", labels, logits.shape[:2])
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self._finish(output, return_dict)
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """Start and end of an answer within the row."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(self.config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(self.config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """
+        Args:
+            start_positions, end_positions: (batch,) int64, given together; those outside the row are ignored.
+            The others are as in `BertModel.forward`.
+
+        Returns:
+            QuestionAnsweringModelOutput: loss, the mean of both; start_logits, end_logits (batch, seqlen).
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("give both start_positions and end_positions, or none of them")
+        if start_positions is not None:
+            loss = (span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions
+        )
+        return self._finish(output, return_dict)
+
+
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of (batch, seqlen) logits against (batch,) positions; a position outside the row has no loss."""
+    batch, seqlen = logits.shape
+    check_shape("start_positions and end_positions", positions, (batch,), (batch, 1))
+    positions = positions.flatten()
+    return cross_entropy(logits, positions.masked_fill((positions < 0) | (positions >= seqlen), -100))
+
+
+class BertForMultipleChoice(BertPreTrainedModel):
+    """One score for each choice, from its pooled first token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(self.config)
+        self.dropout = classifier_dropout(self.config)
+        self.classifier = nn.Linear(self.config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: (batch, choices, seqlen).
+            inputs_embeds: (batch, choices, seqlen, dim).
+            labels: (batch,) int64, the right choice.
+
+        Returns:
+            MultipleChoiceModelOutput: loss; logits (batch, choices). Hidden states and attentions are those of the
+            batch * choices rows.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() < 3:
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"inputs of a multiple choice model are (batch, choices, seqlen), got {shape}")
+        batch, choices = given.shape[:2]
+        rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.bert(
+            *(x if x is None else x.flatten(0, 1) for x in rows),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
+        loss = None
+        if labels is not None:
+            check_shape("labels", labels, (batch,), (batch, 1))
+            loss = cross_entropy(logits, labels.flatten())
+        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self._finish(output, return_dict)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Padding is removed once, before the first layer, and put back once, after the last.
+
+`pack_batch` reads the attention mask and position ids and says where the real tokens are and which of them form a
+sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and (total, ...).
+Legend: total = tokens that are not padding; a row may hold several sequences, or none.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedBatch(NamedTuple):
+    """Where the tokens of a padded batch are, once padding is gone.
+
+    Args:
+        batch, seqlen: the padded shape.
+        indices: (total,) int64, each token's place in the flattened (batch * seqlen) rows, or None: nothing is padding.
+        cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is empty.
+        max_seqlen: tokens in the longest sequence.
+        positions: (total,) int32, distance of each token from the first of its sequence, or None: its index there.
+        labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody asked.
+    """
+
+    batch: int
+    seqlen: int
+    indices: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor | None = None
+    labelled: Tensor | None = None
+
+
+def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
+    """ValueError unless x is None or has one of the allowed shapes."""
+    if x is not None and all(x.shape != torch.Size(shape) for shape in allowed):
+        expected = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
+
+
+def unpad_input(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(batch, seqlen, ...) -> (total, ...): real tokens only, in row-major order."""
+    x = x.flatten(0, 1)
+    return x if batch.indices is None else x.index_select(0, batch.indices)
+
+
+def pad_input(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(total, ...) -> (batch, seqlen, ...), with zeros at padding."""
+    if batch.indices is not None:
+        padded = x.new_zeros(batch.batch * batch.seqlen, *x.shape[1:])
+        padded[batch.indices] = x
+        x = padded
+    return x.unflatten(0, (batch.batch, batch.seqlen))
+
+
+def pack_batch(
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> PackedBatch:
+    """Finds the sequences of a batch.
+
+    Args:
+        tokens: (batch, seqlen) ids or (batch, seqlen, dim) embeddings; only shape and device are read.
+        attention_mask: (batch, seqlen) bool, int or float, 1 for real tokens and 0 for padding, zeros anywhere.
+        position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances are taken from them, and
+            each 0 begins a new sequence.
+        labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled` is found too.
+
+    Raises:
+        ValueError: a shape does not fit, the mask holds other values than 0 and 1 (checked on the CPU), or position_ids
+            do not increase.
+    """
+    batch, seqlen = tokens.shape[:2]
+    check_shape("attention_mask", attention_mask, (batch, seqlen))
+    check_shape("position_ids", position_ids, (batch, seqlen), (1, seqlen))
+    check_shape("labels", labels, (batch, seqlen))
+    if attention_mask is None and position_ids is None and labels is None:
+        cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=tokens.device)
+        return PackedBatch(batch, seqlen, None, cu_seqlens, seqlen)
+    found = _find_sequences(tokens, attention_mask, position_ids, labels, torch.compiler.is_compiling())
+    return PackedBatch(batch, seqlen, *found)
+
+
+@torch.compiler.disable
+def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
+    """Fields `indices` to `labelled` of PackedBatch. Sizes depend on data: torch.compile breaks its graph here, and only here."""
+    batch, seqlen = tokens.shape[:2]
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, seqlen, dtype=torch.bool, device=tokens.device)
+    elif attention_mask.device.type == "cpu" and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError(
+            f"attention_mask holds values from {attention_mask.min().item()} to {attention_mask.max().item()}, "
+            "expected 1 for real tokens and 0 for padding"
+        )
+    indices = attention_mask.flatten().nonzero().squeeze(1)
+    total = indices.numel()
+    row, column = indices // seqlen, indices % seqlen
+    ids = column if position_ids is None else position_ids.expand(batch, seqlen).flatten()[indices]
+
+    starts = torch.ones(total, dtype=torch.bool, device=tokens.device)
+    starts[1:] = (row[1:] != row[:-1]) | (ids[1:] == 0)
+    if position_ids is not None and not (starts[1:] | (ids[1:] > ids[:-1])).all():
+        raise ValueError("position_ids must increase within a sequence; a 0 begins a new one")
+
+    first = starts.nonzero().squeeze(1)
+    cu_seqlens = torch.nn.functional.pad(first, (0, 1), value=total).int()
+    max_seqlen = int(cu_seqlens.diff().max()) if total else 0
+    # Distances equal index distances unless the mask has holes or position_ids leave gaps.
+    first_of_token = first[starts.cumsum(0) - 1]
+    positions = (ids - ids[first_of_token]).int()
+    if torch.equal(positions, torch.arange(total, device=tokens.device, dtype=torch.int32) - first_of_token.int()):
+        positions = None
+    labelled = None if labels is None else (labels.flatten()[indices] != -100).nonzero().squeeze(1)
+    if compiling:
+        # The graph behind the break must not be specialised to this batch's number of tokens, sequences or labels.
+        for x in (indices, cu_seqlens, positions, labelled):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+    elif total == batch * seqlen:
+        indices = None
+    return indices, cu_seqlens, max_seqlen, positions, labelled
