@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MosaicBERT for transformers: a post-norm BERT encoder with ALiBi, gated MLPs and no padding inside.
+"""MosaicBERT for transformers: post-norm BERT with ALiBi, gated MLPs and no padding inside.
 
-forward pass, top to bottom:
-    pack_batch            which tokens are real, which form a sequence      (batch, seqlen) -> total
-    BertEmbeddings        word + token type, LayerNorm                      (total,)     -> (total, dim)
-    BertLayer, N times    attention with ALiBi, then a gated MLP            (total, dim) -> (total, dim)
-    pad_input             zeros where padding was                           (total, dim) -> (batch, seqlen, dim)
-    a head                MLM, classification, question answering, ...
+The forward pass:
+    pack_batch            which tokens are real, which form a sequence
+    BertEmbeddings        word + token type, LayerNorm            (total,)     -> (total, dim)
+    BertLayer, N times    attention with ALiBi, then a gated MLP  (total, dim) -> (total, dim)
+    pad_input             zeros where padding was          (total, dim) -> (batch, seqlen, dim)
+    a head                masked tokens, classes, answers, ...
 
-Shapes: batch, seqlen, heads, head_dim, dim = heads * head_dim, inter, vocab; total = tokens that are not padding.
-Parameter names and the packed layout of Wqkv are frozen by published checkpoints.
+Shapes: batch, seqlen, heads, head_dim, dim = heads * head_dim, inter, vocab; total = tokens that
+are not padding. Parameter names and Wqkv's layout are frozen by published checkpoints.
 """
 
 import itertools
@@ -57,10 +57,11 @@ logger = logging.get_logger(__name__)
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """ALiBi's slope of each head (Press et al., 2022, and its reference code for head counts that are no power of two).
+    """ALiBi's slope of each head.
 
-    2^(-8k/n) for k = 1..n where n is the largest power of two <= heads; the remaining heads take every other slope of
-    the sequence for 2n, starting with the first.
+    2^(-8k/n) for k = 1..n, where n is the largest power of two <= heads; the remaining heads take
+    every other slope of the sequence for 2n, starting with the first (Press et al., 2022, and the
+    code that the authors published with it).
     """
 
     def powers(n):
@@ -71,77 +72,92 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def alibi_window(slopes: Tensor, seqlen: int) -> Tensor:
-    """(heads, 2 * seqlen - 1): ALiBi's bias by signed distance, from -(seqlen - 1) to seqlen - 1."""
+    """(heads, 2 * seqlen - 1): ALiBi's bias for distances from -(seqlen - 1) to seqlen - 1."""
     distance = torch.arange(1 - seqlen, seqlen, device=slopes.device).abs()
     return -slopes[:, None] * distance
 
 
 def bias_for_reversed_keys(window: Tensor, seqlen: int) -> Tensor:
-    """ALiBi's bias (1, heads, seqlen, seqlen) for keys in reversed order: a view of `window`, never to be written to.
+    """ALiBi's bias (1, heads, seqlen, seqlen) for keys in reversed order, in O(seqlen) memory.
 
-    Against reversed keys the distance depends on row + column alone, so each row of the bias is the row above moved by
-    one, and the whole is an overlapping view of O(seqlen) values.
+    Against reversed keys the distance depends on row + column alone, so each row of the bias is the
+    row above moved by one: an overlapping view of `window`, never to be written to.
     """
     heads, width = window.shape
     return window.as_strided((1, heads, seqlen, seqlen), (0, width, 1, 1), width // 2 + 1 - seqlen)
 
 
-# ---- attention backends: (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None ----
-# qkv (total, 3, heads, head_dim); slopes (heads,) float32; context (total, heads, head_dim)
+# ---- attention backends ----
+# (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None, with
+# qkv (total, 3, heads, head_dim), slopes (heads,) float32, context (total, heads, head_dim).
 
 
 def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The reference: scores, bias and probabilities are dense, (batch, heads, seqlen, seqlen); softmax in float32."""
-    total, _, _, head_dim = qkv.shape
-    query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)  # each (batch, heads, seqlen, head_dim)
-    token = torch.arange(total, device=qkv.device)
+    """The reference: scores, bias and probabilities are dense, softmax is in float32.
+
+    Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
+    """
+    # each (batch, heads, seqlen, head_dim)
+    query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)
+    token = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
     sequence = torch.searchsorted(batch.cu_seqlens[1:], token, right=True)
     position = token - batch.cu_seqlens[sequence] if batch.positions is None else batch.positions
     # Sequences count from 1 here, since pad_input leaves 0 at padding.
     sequence, position = pad_input(sequence + 1, batch), pad_input(position, batch)
 
-    distance = (position[:, None, :, None] - position[:, None, None, :]).abs()
+    bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
-    scores = (query @ key.transpose(-1, -2)).float() * head_dim**-0.5 - slopes[:, None, None] * distance
+    scores = (query @ key.transpose(-1, -2)).float() * qkv.shape[-1] ** -0.5 + bias
     scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
     probs = F.dropout(probs, dropout_p).to(qkv.dtype)
     return unpad_input((probs @ value).transpose(1, 2), batch), probs
 
 
-def sdpa_varlen(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None, dropout_p: float) -> Tensor:
+def sdpa_varlen(
+    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None, dropout_p: float
+) -> Tensor:
     """torch's scaled_dot_product_attention, one call for each run of sequences of equal length.
 
-    The bias takes O(seqlen) memory. Sequences with gaps in their positions are the exception: theirs is (heads, seqlen,
-    seqlen), for one sequence at a time.
+    The bias takes O(seqlen) memory. Sequences with gaps in their positions are the exception:
+    theirs is (heads, seqlen, seqlen), for one sequence at a time.
     """
     lengths = cu_seqlens.diff().tolist()
     if not lengths:
-        return qkv[:, 0]
-    runs = [(n, len(list(run))) for n, run in itertools.groupby(lengths)] if positions is None else [(n, 1) for n in lengths]
+        return qkv[:, 0].clone()
+    # With gaps every sequence has distances of its own, and is a run of its own.
+    runs = itertools.groupby(lengths) if positions is None else [(n, [n]) for n in lengths]
+    runs = [(seqlen, len(list(run))) for seqlen, run in runs]
     window = alibi_window(slopes, max(lengths))
-    contexts = []
     # Split, not slices: the gradient of a slice is a whole tensor of zeros, once for each sequence.
-    for (seqlen, count), tokens in zip(runs, qkv.split([n * count for n, count in runs])):
-        query, key_value = tokens.unflatten(0, (count, seqlen)).split([1, 2], dim=2)
+    chunks = qkv.split([seqlen * count for seqlen, count in runs])
+    contexts = []
+    for (seqlen, count), chunk in zip(runs, chunks, strict=True):
+        query, key_value = chunk.unflatten(0, (count, seqlen)).split([1, 2], dim=2)
         if positions is None:
             key_value, bias = key_value.flip(1), bias_for_reversed_keys(window, seqlen)
         else:
             position, positions = positions[:seqlen], positions[seqlen:]
             bias = -slopes[None, :, None, None] * (position[:, None] - position).abs()
         if not qkv.is_cpu:
-            # Only the CPU kernel is known to read overlapping rows and a float32 bias beside half-precision queries.
+            # Other kernels want rows that do not overlap, in the queries' dtype.
             bias = bias.to(qkv.dtype).contiguous()
-        query, key, value = (x.squeeze(2).transpose(1, 2) for x in (query, *key_value.split(1, dim=2)))
+        key, value = key_value.split(1, dim=2)
+        # each (count, heads, seqlen, head_dim)
+        query, key, value = (x.squeeze(2).transpose(1, 2) for x in (query, key, value))
+        # Autocast would copy the bias to half precision, and the view would become dense.
         with torch.autocast(qkv.device.type, enabled=False):
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+            context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p)
         contexts.append(context.transpose(1, 2).flatten(0, 1))
     return torch.cat(contexts)
 
 
-# torch.compile cannot trace a loop over lengths that only the data knows; it takes the loop as one operator.
+# torch.compile cannot trace a loop over lengths that only the data knows, so there the loop is one
+# operator, without dropout.
 @torch.library.custom_op("mosaic_bert::sdpa_varlen", mutates_args=())
-def sdpa_varlen_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None) -> Tensor:
+def sdpa_varlen_op(
+    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
+) -> Tensor:
     return sdpa_varlen(qkv, cu_seqlens, slopes, positions, 0.0)
 
 
@@ -167,7 +183,7 @@ sdpa_varlen_op.register_autograd(_sdpa_varlen_gradient, setup_context=_save_for_
 
 
 def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """`sdpa_varlen`; inside torch.compile as one operator, unless there is dropout, which breaks the graph."""
+    """`sdpa_varlen`; torch.compile sees one operator, or, with dropout, breaks the graph."""
     if torch.compiler.is_compiling() and not dropout_p:
         return sdpa_varlen_op(qkv, batch.cu_seqlens, slopes, batch.positions), None
     return sdpa_varlen(qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p), None
@@ -176,19 +192,26 @@ def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: f
 def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
     """The package's own kernel, flash_attn_triton.py."""
     context = triton_varlen_attention(
-        qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes, position_ids=batch.positions
+        qkv,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        dropout_p,
+        alibi_slopes=slopes,
+        position_ids=batch.positions,
     )
     return context, None
 
 
 def flash_attention_2(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The flash-attn package's kernel, which takes ALiBi's slopes but measures distance by index only."""
+    """The flash-attn package's kernel; it takes ALiBi's slopes and measures distance by index."""
     if batch.positions is not None:
         raise ValueError(
-            "attn_implementation='flash_attention_2' measures distance by index, and this batch has gaps between its "
-            "positions (zeros inside a row of attention_mask, or position_ids that skip): use 'sdpa'"
+            "attn_implementation='flash_attention_2' measures distance by index, but this batch has "
+            "gaps (zeros inside a row of attention_mask, or position_ids that skip): use 'sdpa'"
         )
-    context = flash_attn_2_varlen_attention(qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes)
+    context = flash_attn_2_varlen_attention(
+        qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes
+    )
     return context, None
 
 
@@ -200,38 +223,43 @@ ATTENTION_BACKENDS = {
 }
 
 
+# The largest head_dim and the dtypes that each kernel takes.
+KERNEL_LIMITS = {
+    "triton": (128, (torch.float16, torch.bfloat16, torch.float32)),
+    "flash_attention_2": (256, (torch.float16, torch.bfloat16)),
+}
+
+
 def why_not(backend: str, qkv: Tensor) -> str | None:
     """The reason why `backend` cannot take `qkv` (total, 3, heads, head_dim), or None if it can."""
-    head_dim = qkv.shape[-1]
-    if backend not in ("triton", "flash_attention_2"):
+    if backend not in KERNEL_LIMITS:
         return None
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted:
+    head_dim, (largest, dtypes) = qkv.shape[-1], KERNEL_LIMITS[backend]
+    if not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         if not qkv.is_cuda:
             return f"it needs CUDA tensors, got {qkv.device.type}"
-        if torch.cuda.get_device_capability(qkv.device) < (8, 0):
-            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(qkv.device)}"
-    limit, dtypes = 128, (torch.float16, torch.bfloat16, torch.float32)
-    if backend == "flash_attention_2":
-        limit, dtypes = 256, (torch.float16, torch.bfloat16)
+        if (capability := torch.cuda.get_device_capability(qkv.device)) < (8, 0):
+            return f"it needs compute capability 8.0, got {capability}"
     if qkv.dtype not in dtypes:
-        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {qkv.dtype}"
-    if head_dim % 8 or head_dim > limit:
-        return f"it takes head_dim that is a multiple of 8 up to {limit}, got {head_dim}"
+        return f"it takes {', '.join(map(str, dtypes))}, got {qkv.dtype}"
+    if head_dim % 8 or head_dim > largest:
+        return f"it takes head_dim that is a multiple of 8 up to {largest}, got {head_dim}"
     return None
 
 
 def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False) -> str:
-    """Name of the backend that runs, from the tensors at hand, since a model may be loaded before it is moved.
+    """Name of the backend that runs.
 
-    | requested | the tensors                                 | backend    |
-    |-----------|---------------------------------------------|------------|
-    | auto      | attentions are to be returned               | eager      |
-    | auto      | CUDA, Triton imports and can take them      | triton     |
-    | auto      | CUDA, Triton imports and cannot take them   | sdpa, with one warning |
-    | auto      | any others                                  | sdpa       |
-    | a name    | that backend can take them                  | that name  |
-    | a name    | it cannot, or it returns no attentions      | ValueError |
+    It is chosen from the tensors at each call, since a model may be moved after it is loaded.
+
+    | requested | tensors                                       | backend                |
+    |-----------|-----------------------------------------------|------------------------|
+    | auto      | any, and attentions are to be returned        | eager                  |
+    | auto      | on CUDA, Triton is there and can take them    | triton                 |
+    | auto      | on CUDA, Triton is there and cannot take them | sdpa, with one warning |
+    | auto      | any others                                    | sdpa                   |
+    | a name    | it can take them                              | that name              |
+    | a name    | it cannot, or it returns no attentions        | ValueError             |
     """
     if requested == "auto":
         if output_attentions:
@@ -244,10 +272,13 @@ def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False)
         return "triton"
     if output_attentions and requested != "eager":
         raise ValueError(
-            f"output_attentions=True needs attn_implementation='eager', got {requested!r}, which never holds them"
+            "output_attentions=True needs attn_implementation='eager' or none at all, "
+            f"got {requested!r}, which never holds them"
         )
     if reason := why_not(requested, qkv):
-        raise ValueError(f"attn_implementation={requested!r} cannot run here: {reason}. Use 'sdpa', or leave it out")
+        raise ValueError(
+            f"attn_implementation={requested!r} cannot run: {reason}. Use 'sdpa', or leave it out"
+        )
     return requested
 
 
@@ -255,7 +286,7 @@ def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over dim; with `low_precision`, autocast does not upcast it but it stays in autocast's dtype."""
+    """LayerNorm over dim; with `low_precision` it stays in autocast's dtype under autocast."""
 
     def __init__(self, dim: int, eps: float, low_precision: bool = False):
         super().__init__(dim, eps=eps)
@@ -268,7 +299,11 @@ class LayerNorm(nn.LayerNorm):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return F.layer_norm(
-                x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+                x.to(dtype),
+                self.normalized_shape,
+                self.weight.to(dtype),
+                self.bias.to(dtype),
+                self.eps,
             )
 
 
@@ -279,16 +314,18 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None) -> Tensor:
-        """input_ids, token_type_ids (total,); inputs_embeds (total, dim) in place of input_ids -> (total, dim)."""
+        """input_ids, token_type_ids (total,), or inputs_embeds (total, dim) -> (total, dim)."""
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.word_embeddings)
             inputs_embeds = self.word_embeddings(input_ids)
         if token_type_ids is None:
-            # Added as a vector: a look-up would send the gradients of all tokens to one row, one after another.
+            # As a vector: a look-up would add the gradients of all tokens to one row, in turn.
             types = self.token_type_embeddings.weight[0]
         else:
             check_ids("token_type_ids", token_type_ids, self.token_type_embeddings)
@@ -301,8 +338,10 @@ def check_ids(name: str, ids: Tensor, embedding: nn.Embedding):
     if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
         low, high = (x.item() for x in ids.aminmax())
         if low < 0 or high >= embedding.num_embeddings:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name} holds {wrong}, outside 0 .. {embedding.num_embeddings - 1}: does the tokenizer fit?")
+            raise ValueError(
+                f"{name} holds {low if low < 0 else high}, but the model has only "
+                f"0..{embedding.num_embeddings - 1}: is the tokenizer the model's own?"
+            )
 
 
 class BertSelfAttention(nn.Module):
@@ -313,11 +352,18 @@ class BertSelfAttention(nn.Module):
         self.config = config
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, output_attentions: bool):
-        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or None."""
+    def forward(
+        self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, output_attentions: bool
+    ):
+        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or
+        None."""
         qkv = self.Wqkv(hidden_states).unflatten(-1, (3, self.config.num_attention_heads, -1))
-        attend = ATTENTION_BACKENDS[choose_backend(self.config._attn_implementation, qkv, output_attentions)]
-        context, probs = attend(qkv, slopes, batch, self.config.attention_probs_dropout_prob if self.training else 0.0)
+        attend = ATTENTION_BACKENDS[
+            choose_backend(self.config._attn_implementation, qkv, output_attentions)
+        ]
+        context, probs = attend(
+            qkv, slopes, batch, self.config.attention_probs_dropout_prob if self.training else 0.0
+        )
         return context.flatten(1), probs
 
 
@@ -327,7 +373,9 @@ class BertSelfOutput(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: Tensor, residual: Tensor) -> Tensor:
@@ -343,10 +391,14 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(self, hidden_states, slopes, batch, output_attentions, keep=None):
-        """As BertSelfAttention; with `keep` (kept,) int64, the output is computed for these tokens only."""
+        """As BertSelfAttention; with `keep` (kept,) int64, the output is computed for these tokens
+        only."""
         context, probs = self.self(hidden_states, slopes, batch, output_attentions)
         if keep is not None:
-            context, hidden_states = context.index_select(0, keep), hidden_states.index_select(0, keep)
+            context, hidden_states = (
+                context.index_select(0, keep),
+                hidden_states.index_select(0, keep),
+            )
         return self.output(context, hidden_states), probs
 
 
@@ -359,7 +411,9 @@ class BertGatedLinearUnitMLP(nn.Module):
         self.act = nn.GELU()
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm)
+        self.layernorm = LayerNorm(
+            config.hidden_size, config.layer_norm_eps, config.low_precision_layernorm
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)  # each (total, inter)
@@ -388,23 +442,35 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: Tensor, batch: PackedBatch, output_attentions: bool):
-        """(total, dim) -> the output of the embeddings and of each layer, and each layer's probabilities.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        batch: PackedBatch,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ):
+        """(total, dim) -> (total, dim), or (labelled, dim) if the batch names labelled tokens.
 
-        Where the batch names labelled tokens, the last layer's output is (labelled, dim).
+        Returns also the list of hidden states, of the embeddings and of each layer, and the list of
+        attention probabilities; each None unless asked for.
         """
-        slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=hidden_states.device)
-        states, attentions = [hidden_states], []
+        slopes = torch.tensor(
+            alibi_slopes(self.config.num_attention_heads), device=hidden_states.device
+        )
+        states = [hidden_states] if output_hidden_states else None
+        attentions = [] if output_attentions else None
         for i, layer in enumerate(self.layer):
             keep = batch.labelled if i == len(self.layer) - 1 else None
-            inputs = (states[-1], slopes, batch, output_attentions, keep)
+            inputs = (hidden_states, slopes, batch, output_attentions, keep)
             if self.gradient_checkpointing and self.training:
                 hidden_states, probs = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:
                 hidden_states, probs = layer(*inputs)
-            states.append(hidden_states)
-            attentions.append(probs)
-        return states, attentions
+            if output_hidden_states:
+                states.append(hidden_states)
+            if output_attentions:
+                attentions.append(probs)
+        return hidden_states, states, attentions
 
 
 class BertPooler(nn.Module):
@@ -420,7 +486,7 @@ class BertPooler(nn.Module):
 
 
 class BertPredictionHeadTransform(nn.Module):
-    """dense, activation, LayerNorm; its eps is 1e-12 whatever the config says, as in the published model."""
+    """dense, activation, LayerNorm, whose eps is 1e-12 whatever the config says, as published."""
 
     def __init__(self, config):
         super().__init__()
@@ -478,8 +544,10 @@ class BertPreTrainedModel(PreTrainedModel):
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, **kwargs):
-        """Called by transformers at load and by set_attn_implementation: refuses names that can never run here."""
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation, is_init_check=False, **kwargs
+    ):
+        """transformers calls it at load and in set_attn_implementation; unusable names end here."""
         missing = {}
         if triton_varlen_attention is None:
             missing["triton"] = triton_missing
@@ -489,7 +557,10 @@ class BertPreTrainedModel(PreTrainedModel):
         usable = ["auto", *(x for x in ATTENTION_BACKENDS if x not in missing)]
         if name not in usable:
             reason = f" ({missing[name]})" if name in missing else ""
-            raise ValueError(f"attn_implementation={name!r} is not available{reason}. Choose one of {', '.join(usable)}")
+            raise ValueError(
+                f"attn_implementation={name!r} is not available{reason}; "
+                f"choose one of {', '.join(usable)}"
+            )
         return name
 
     @classmethod
@@ -502,7 +573,7 @@ class BertPreTrainedModel(PreTrainedModel):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder, and the pooler unless `add_pooling_layer=False` (for checkpoints that have none)."""
+    """The encoder, and a pooler unless `add_pooling_layer=False`, for checkpoints without one."""
 
     def __init__(self, config, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -532,46 +603,55 @@ class BertModel(BertPreTrainedModel):
         """
         Args:
             input_ids: (batch, seqlen) int64.
-            attention_mask: (batch, seqlen) bool, int or float; 1 for tokens, 0 for padding, which may be anywhere.
+            attention_mask: (batch, seqlen) bool, int or float; 1 for tokens, 0 for padding, which
+                may be anywhere.
             token_type_ids: (batch, seqlen) int64; zeros if None.
-            position_ids: (batch, seqlen) or (1, seqlen) int64, increasing; distances are taken from them and each 0
-                begins a new sequence, which attends to itself only. None: places in the row.
+            position_ids: (batch, seqlen) or (1, seqlen) int64, increasing; distances are taken from
+                them and each 0 begins a new sequence, which attends to itself only. None: places in
+                the row.
             inputs_embeds: (batch, seqlen, dim), in place of input_ids.
-            output_attentions: return each layer's probabilities (batch, heads, seqlen, seqlen); needs "eager" or no
-                attn_implementation.
-            output_hidden_states: return the output of the embeddings and of each layer, (batch, seqlen, dim).
+            output_attentions: return each layer's probabilities (batch, heads, seqlen, seqlen);
+                needs "eager" or no attn_implementation.
+            output_hidden_states: return the output of the embeddings and of each layer, (batch,
+                seqlen, dim).
             return_dict: False for a tuple.
-            batch: `pack_batch` of these inputs, from a head that has already made it. The last hidden state then stays
-                unpadded, (total, dim), or (labelled, dim) if the batch names labelled tokens, and is not pooled.
+            batch: `pack_batch` of these inputs, from a head that has already made it. The last
+                hidden state then stays unpadded, (total, dim), or (labelled, dim) if the batch
+                names labelled tokens, and is not pooled.
 
         Returns:
-            BaseModelOutputWithPooling: last_hidden_state (batch, seqlen, dim), zeros at padding; pooler_output
-            (batch, dim) of the first column, tokens or not, as published.
+            BaseModelOutputWithPooling: last_hidden_state (batch, seqlen, dim), zeros at padding;
+            pooler_output (batch, dim), from the first column, token or not, as published.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids without embedding (on
-                the CPU), a backend that cannot take these tensors.
+            ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
+                without embedding (on the CPU), a backend that cannot take these tensors.
         """
         tokens = exactly_one(input_ids, inputs_embeds)
         check_shape("token_type_ids", token_type_ids, tokens.shape[:2])
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         packed_by_head = batch is not None
         if not packed_by_head:
             batch = pack_batch(tokens, attention_mask, position_ids)
 
-        inputs = (x if x is None else unpad_input(x, batch) for x in (input_ids, token_type_ids, inputs_embeds))
-        states, attentions = self.encoder(self.embeddings(*inputs), batch, output_attentions)
-        last, pooled = states[-1], None
-        if not packed_by_head:
+        inputs = [input_ids, token_type_ids, inputs_embeds]
+        inputs = [x if x is None else unpad_input(x, batch) for x in inputs]
+        last, states, attentions = self.encoder(
+            self.embeddings(*inputs), batch, output_attentions, output_hidden_states
+        )
+        if packed_by_head:
+            pooled = None
+        else:
             last = pad_input(last, batch)
-            pooled = self.pooler(last) if self.pooler is not None else None
+            pooled = None if self.pooler is None else self.pooler(last)
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=pooled,
-            hidden_states=tuple(pad_input(x, batch) for x in states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(pad_input(x, batch) for x in states) if states else None,
+            attentions=tuple(attentions) if attentions else None,
         )
         return self._finish(output, return_dict)
 
@@ -579,11 +659,14 @@ class BertModel(BertPreTrainedModel):
 def exactly_one(input_ids, inputs_embeds):
     """The one of the two that is given. ValueError: both or none, or not (batch, seqlen[, dim])."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("none" if input_ids is None else "both"))
+        raise ValueError(
+            f"give exactly one of input_ids and inputs_embeds, got "
+            f"{'none' if input_ids is None else 'both'}"
+        )
     tokens, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
     if tokens.dim() != rank:
-        name = "input_ids must be (batch, seqlen)" if rank == 2 else "inputs_embeds must be (batch, seqlen, dim)"
-        raise ValueError(f"{name}, got shape {tuple(tokens.shape)}")
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        raise ValueError(f"{name} must have {rank} axes, got shape {tuple(tokens.shape)}")
     return tokens
 
 
@@ -591,16 +674,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
     """Mean over labels other than -100, in float32; 0 with a gradient graph if there are none.
 
     Args:
-        logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of labels here.
+        logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of
+            labels here.
     """
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    total = F.cross_entropy(logits.float(), labels.long(), reduction="sum")
     return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
 
 
 class BertForMaskedLM(BertPreTrainedModel):
     """Masked language modelling, with the decoder tied to the word embeddings."""
 
-    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
     accepts_loss_kwargs = True
 
     def __init__(self, config):
@@ -631,13 +717,15 @@ class BertForMaskedLM(BertPreTrainedModel):
         """
         Args:
             labels: (batch, seqlen) int64, -100 where there is none; labels on padding are ignored.
-            num_items_in_batch: divides the summed loss, for gradient accumulation; the number of labels if None.
+            num_items_in_batch: divides the summed loss, for gradient accumulation; the number of
+                labels if None.
             The others are as in `BertModel.forward`.
 
         Returns:
-            MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding. In training with labels
-            and `config.sparse_prediction`, logits are those of the labelled tokens only, (labelled, vocab) in row-major
-            order, unless hidden states are asked for.
+            MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding.
+                In training with labels
+            and `config.sparse_prediction`, logits are those of the labelled tokens only, (labelled,
+            vocab) in row-major order, unless hidden states are asked for.
         """
         tokens = exactly_one(input_ids, inputs_embeds)
         check_shape("labels", labels, tokens.shape[:2])
@@ -691,9 +779,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
     ):
         """
         Args:
-            labels: by `config.problem_type`, or, where that is None, by num_labels and dtype: "regression" (num_labels
-                1), (batch,) or (batch, num_labels) float; "single_label_classification", (batch,) int64;
-                "multi_label_classification", (batch, num_labels) float.
+            labels: by `config.problem_type`, or, where that is None, by num_labels and dtype:
+                "regression" (num_labels 1), (batch,) or (batch, num_labels) float;
+                "single_label_classification", (batch,) int64; "multi_label_classification", (batch,
+                num_labels) float.
             The others are as in `BertModel.forward`.
 
         Returns:
@@ -705,8 +794,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions,
+            output_hidden_states,
             return_dict=True,
         )
         logits, loss = self.classifier(self.dropout(outputs.pooler_output)), None
@@ -717,17 +806,22 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
 
 def classifier_dropout(config) -> nn.Dropout:
+    """Dropout before a classifier: `classifier_dropout`, or `hidden_dropout_prob` if that is
+    None."""
     p = config.classifier_dropout
     return nn.Dropout(config.hidden_dropout_prob if p is None else p)
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Loss of `BertForSequenceClassification`, in float32; logits (batch, num_labels), labels as documented there."""
+    """Loss of `BertForSequenceClassification`, in float32; logits (batch, num_labels), labels as
+    documented there."""
     batch, num_labels = logits.shape
     if problem_type is None and num_labels == 1:
         problem_type = "regression"
     elif problem_type is None:
-        problem_type = ("multi" if labels.is_floating_point() else "single") + "_label_classification"
+        problem_type = (
+            "multi" if labels.is_floating_point() else "single"
+        ) + "_label_classification"
     if problem_type == "single_label_classification":
         check_shape("labels", labels, (batch,), (batch, 1))
         return cross_entropy(logits, labels.flatten())
@@ -776,8 +870,8 @@ class BertForTokenClassification(BertPreTrainedModel):
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions,
+            output_hidden_states,
             return_dict=True,
         )
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
@@ -812,11 +906,13 @@ class BertForQuestionAnswering(BertPreTrainedModel):
     ):
         """
         Args:
-            start_positions, end_positions: (batch,) int64, given together; those outside the row are ignored.
+            start_positions, end_positions: (batch,) int64, given together; those outside the row
+                are ignored.
             The others are as in `BertModel.forward`.
 
         Returns:
-            QuestionAnsweringModelOutput: loss, the mean of both; start_logits, end_logits (batch, seqlen).
+            QuestionAnsweringModelOutput: loss, the mean of both; start_logits, end_logits (batch,
+                seqlen).
         """
         outputs = self.bert(
             input_ids,
@@ -824,8 +920,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions,
+            output_hidden_states,
             return_dict=True,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
@@ -833,7 +929,9 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or none of them")
         if start_positions is not None:
-            loss = (span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)) / 2
+            loss = (
+                span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)
+            ) / 2
         output = QuestionAnsweringModelOutput(
             loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions
         )
@@ -841,11 +939,14 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
 
 def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy of (batch, seqlen) logits against (batch,) positions; a position outside the row has no loss."""
+    """Cross-entropy of (batch, seqlen) logits against (batch,) positions; a position outside the
+    row has no loss."""
     batch, seqlen = logits.shape
     check_shape("start_positions and end_positions", positions, (batch,), (batch, 1))
     positions = positions.flatten()
-    return cross_entropy(logits, positions.masked_fill((positions < 0) | (positions >= seqlen), -100))
+    return cross_entropy(
+        logits, positions.masked_fill((positions < 0) | (positions >= seqlen), -100)
+    )
 
 
 class BertForMultipleChoice(BertPreTrainedModel):
@@ -877,13 +978,16 @@ class BertForMultipleChoice(BertPreTrainedModel):
             labels: (batch,) int64, the right choice.
 
         Returns:
-            MultipleChoiceModelOutput: loss; logits (batch, choices). Hidden states and attentions are those of the
+            MultipleChoiceModelOutput: loss; logits (batch, choices). Hidden states and attentions
+                are those of the
             batch * choices rows.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.dim() < 3:
             shape = None if given is None else tuple(given.shape)
-            raise ValueError(f"inputs of a multiple choice model are (batch, choices, seqlen), got {shape}")
+            raise ValueError(
+                f"inputs of a multiple choice model are (batch, choices, seqlen), got {shape}"
+            )
         batch, choices = given.shape[:2]
         rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.bert(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Padding is removed once, before the first layer, and put back once, after the last.
 
-`pack_batch` reads the attention mask and position ids and says where the real tokens are and which of them form a
-sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and (total, ...).
+`pack_batch` reads the attention mask and position ids and says where the real tokens are and which
+of them form a sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and
+(total, ...).
 Legend: total = tokens that are not padding; a row may hold several sequences, or none.
 """
 
@@ -17,11 +18,15 @@ class PackedBatch(NamedTuple):
 
     Args:
         batch, seqlen: the padded shape.
-        indices: (total,) int64, each token's place in the flattened (batch * seqlen) rows, or None: nothing is padding.
-        cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is empty.
+        indices: (total,) int64, each token's place in the flattened (batch * seqlen) rows, or None:
+            nothing is padding.
+        cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is
+            empty.
         max_seqlen: tokens in the longest sequence.
-        positions: (total,) int32, distance of each token from the first of its sequence, or None: its index there.
-        labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody asked.
+        positions: (total,) int32, distance of each token from the first of its sequence, or None:
+            its index there.
+        labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody
+            asked.
     """
 
     batch: int
@@ -64,15 +69,17 @@ def pack_batch(
     """Finds the sequences of a batch.
 
     Args:
-        tokens: (batch, seqlen) ids or (batch, seqlen, dim) embeddings; only shape and device are read.
-        attention_mask: (batch, seqlen) bool, int or float, 1 for real tokens and 0 for padding, zeros anywhere.
-        position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances are taken from them, and
-            each 0 begins a new sequence.
+        tokens: (batch, seqlen) ids or (batch, seqlen, dim) embeddings; only shape and device are
+            read.
+        attention_mask: (batch, seqlen) bool, int or float, 1 for real tokens and 0 for padding,
+            zeros anywhere.
+        position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances
+            are taken from them, and each 0 begins a new sequence.
         labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled` is found too.
 
     Raises:
-        ValueError: a shape does not fit, the mask holds other values than 0 and 1 (checked on the CPU), or position_ids
-            do not increase.
+        ValueError: a shape does not fit, the mask holds other values than 0 and 1 (checked on the
+            CPU), or position_ids do not increase.
     """
     batch, seqlen = tokens.shape[:2]
     check_shape("attention_mask", attention_mask, (batch, seqlen))
@@ -81,21 +88,24 @@ def pack_batch(
     if attention_mask is None and position_ids is None and labels is None:
         cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=tokens.device)
         return PackedBatch(batch, seqlen, None, cu_seqlens, seqlen)
-    found = _find_sequences(tokens, attention_mask, position_ids, labels, torch.compiler.is_compiling())
+    found = _find_sequences(
+        tokens, attention_mask, position_ids, labels, torch.compiler.is_compiling()
+    )
     return PackedBatch(batch, seqlen, *found)
 
 
 @torch.compiler.disable
 def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
-    """Fields `indices` to `labelled` of PackedBatch. Sizes depend on data: torch.compile breaks its graph here, and only here."""
+    """Fields `indices` to `labelled` of PackedBatch.
+
+    Their sizes depend on data: torch.compile breaks its graph here, and only here.
+    """
     batch, seqlen = tokens.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, seqlen, dtype=torch.bool, device=tokens.device)
-    elif attention_mask.device.type == "cpu" and not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError(
-            f"attention_mask holds values from {attention_mask.min().item()} to {attention_mask.max().item()}, "
-            "expected 1 for real tokens and 0 for padding"
-        )
+    elif attention_mask.is_cpu and ((attention_mask != 0) & (attention_mask != 1)).any():
+        strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
+        raise ValueError(f"attention_mask holds {strange}, expected 1 for tokens, 0 for padding")
     indices = attention_mask.flatten().nonzero().squeeze(1)
     total = indices.numel()
     row, column = indices // seqlen, indices % seqlen
@@ -112,11 +122,11 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     # Distances equal index distances unless the mask has holes or position_ids leave gaps.
     first_of_token = first[starts.cumsum(0) - 1]
     positions = (ids - ids[first_of_token]).int()
-    if torch.equal(positions, torch.arange(total, device=tokens.device, dtype=torch.int32) - first_of_token.int()):
+    if torch.equal(positions, (torch.arange(total, device=tokens.device) - first_of_token).int()):
         positions = None
     labelled = None if labels is None else (labels.flatten()[indices] != -100).nonzero().squeeze(1)
     if compiling:
-        # The graph behind the break must not be specialised to this batch's number of tokens, sequences or labels.
+        # The graph behind the break is to serve any number of tokens, sequences and labels.
         for x in (indices, cu_seqlens, positions, labelled):
             if x is not None:
                 torch._dynamo.maybe_mark_dynamic(x, 0)

@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of MosaicBERT: stock BERT's fields and the few that MosaicBERT adds.
 
-The class is not called `BertConfig`, since transformers compares configuration classes by name and would build a
-stock BERT from it. `BertConfig` stays as an alias: it is the name in every published `auto_map`.
+The class is not called `BertConfig`, since transformers compares configuration classes by name and
+would build a stock BERT from it. `BertConfig` stays as an alias: it is the name in every published
+`auto_map`.
 """
 
 from transformers import BertConfig as StockBertConfig
 
 
 class MosaicBertConfig(StockBertConfig):
-    """Describes a MosaicBERT model; everything that is not listed is as in `transformers.BertConfig`.
+    """Describes a MosaicBERT model.
 
     Args:
-        alibi_starting_size: longest input, in tokens, that the checkpoint is prepared for. It allocates nothing and
-            limits nothing: ALiBi reads longer inputs as they are. Tools that need a number to cut text at take it from
-            `max_position_embeddings`, which equals it unless given; the model itself has no position embeddings.
+        alibi_starting_size: longest input, in tokens, that the checkpoint is prepared for. It
+            allocates nothing and limits nothing: ALiBi reads longer inputs as they are. Tools that
+            need a number to cut text at take it from `max_position_embeddings`, which equals it
+            unless given; the model itself has no position embeddings.
         attention_probs_dropout_prob: dropout on attention probabilities, 0 in MosaicBERT's recipe.
-        low_precision_layernorm: under autocast, LayerNorm takes and returns autocast's dtype. Without it autocast runs
-            LayerNorm in float32. It changes nothing outside autocast.
-        sparse_prediction: in training, `BertForMaskedLM` computes the end of the last layer and the logits for labelled
-            tokens only; its `logits` are then (labelled, vocab) instead of (batch, seqlen, vocab).
-        **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM head; the gated MLP
-            always uses the exact GELU. `position_embedding_type` is accepted, since published files carry it, and unused.
+        low_precision_layernorm: under autocast, LayerNorm takes and returns autocast's dtype.
+            Without it autocast runs LayerNorm in float32. It changes nothing outside autocast.
+        sparse_prediction: in training, `BertForMaskedLM` computes the end of the last layer and the
+            logits for labelled tokens only; its `logits` are then (labelled, vocab) instead of
+            (batch, seqlen, vocab).
+        **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM
+            head; the gated MLP always uses the exact GELU. `position_embedding_type` is accepted,
+            since published files carry it, and unused.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_attention_heads`, or `alibi_starting_size` is below 1.
+        ValueError: `hidden_size` is not a multiple of `num_attention_heads`, or
+            `alibi_starting_size` is below 1.
     """
 
     model_type = "mosaic_bert"
@@ -43,7 +48,8 @@ class MosaicBertConfig(StockBertConfig):
             raise ValueError(f"alibi_starting_size must be at least 1, got {alibi_starting_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size must be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
             )
         self.alibi_starting_size = alibi_starting_size
         self.low_precision_layernorm = low_precision_layernorm
@@ -51,8 +57,10 @@ class MosaicBertConfig(StockBertConfig):
 
     @classmethod
     def from_stock(cls, config):
-        """MosaicBertConfig with the values of a stock `transformers.BertConfig`, chosen attention backend included."""
-        values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+        """The same configuration, attention backend included, from a stock BertConfig."""
+        values = config.to_dict()
+        for name in ("model_type", "transformers_version"):
+            values.pop(name, None)
         converted = cls(**values)
         converted._attn_implementation = config._attn_implementation
         return converted

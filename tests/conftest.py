@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flat folder as the package `mosaic_bert`, no network, and caches of its own for each test
+session."""
+
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
+
+# Read when transformers is imported, and inherited by the processes that tests start.
+caches = tempfile.TemporaryDirectory()
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HOME=caches.name, HF_MODULES_CACHE=f"{caches.name}/modules"
+)
+
+package = types.ModuleType("mosaic_bert")
+package.__path__ = [str(ROOT)]
+sys.modules["mosaic_bert"] = package
+
+import json  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+MODEL_FILES = ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
+
+
+def load_golden(name):
+    """Config, weights and recorded outputs of a golden checkpoint; mosaic_tiny's weights include
+    pooler and classifier."""
+    folder = GOLDENS / name
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    if (folder / "classification_head.safetensors").exists():
+        weights |= load_file(folder / "classification_head.safetensors")
+    return (
+        json.loads((folder / "config.json").read_text()),
+        weights,
+        load_file(folder / "golden.safetensors"),
+    )
+
+
+def published_folder(folder, name="mosaic_tiny"):
+    """A published checkpoint as it is, config.json included, with our .py files beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (
+        GOLDENS / name / "config.json",
+        GOLDENS / name / "pytorch_model.bin",
+        *(ROOT / x for x in MODEL_FILES),
+    ):
+        shutil.copy(file, folder)
+    return folder
+
+
+def run_python(code, *args, **environment):
+    """Runs code in a new process, with a module cache of its own, and returns what it printed."""
+    with tempfile.TemporaryDirectory() as modules:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            env={**os.environ, "HF_MODULES_CACHE": modules, **environment},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def mosaic(tmp_path_factory):
+    """Folder of the published tiny MosaicBERT with our code."""
+    return published_folder(tmp_path_factory.mktemp("published") / "mosaic_tiny")

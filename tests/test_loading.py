@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, saving and reloading through transformers' own machinery, as a user of the Hub does."""
+
+import inspect
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, published_folder, run_python
+from safetensors.torch import save_file
+
+AUTO_MAP = json.loads((ROOT / "config.json").read_text())["auto_map"]
+AUTO_CLASSES = sorted(set(AUTO_MAP) - {"AutoConfig"})
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A folder as we write it: our config.json with the golden's sizes, safetensors, decoder left
+    out."""
+    folder = published_folder(tmp_path_factory.mktemp("ours") / "mosaic_tiny")
+    (folder / "pytorch_model.bin").unlink()
+    config, weights, _ = load_golden("mosaic_tiny")
+    config |= {"model_type": "mosaic_bert", "auto_map": AUTO_MAP}
+    (folder / "config.json").write_text(json.dumps(config))
+    tied_or_head = ("cls.predictions.decoder.weight", "classifier.weight", "classifier.bias")
+    weights = {name: x for name, x in weights.items() if name not in tied_or_head}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Inputs with padding and the logits that the published code gave for them."""
+    _, _, outputs = load_golden("mosaic_tiny")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: outputs[f"right_padded.{name}"] for name in names}
+    return inputs, outputs["right_padded.logits"]
+
+
+def load(auto_class, folder, **options):
+    """The model as a user has it, in evaluation mode."""
+    auto_class = getattr(transformers, auto_class)
+    return auto_class.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def assert_golden(model, golden):
+    """Close enough to know the weights by; test_parity.py has the bound."""
+    inputs, logits = golden
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        ours = model(**inputs).logits
+    assert torch.allclose(ours[real], logits[real], atol=1e-3)
+
+
+def test_config_json_is_mosaic_bert_base_and_names_every_class_that_exists():
+    config = transformers.AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    with torch.device("meta"):
+        model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    # transformers 5.0 leaves the decoder untied on meta.
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes.pop("cls.predictions.decoder.weight", None)
+    assert sum(sizes.values()) == 137_400_384
+    layers = inspect.getmodule(type(model))
+    classes = {name for name in vars(layers) if name.startswith("Bert") and name in layers.__dict__}
+    classes = {x for x in classes if x == "BertModel" or x.startswith("BertFor")}
+    assert {AUTO_MAP[x] for x in AUTO_CLASSES} == {f"bert_layers.{x}" for x in classes}
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_every_auto_class_loads_every_weight_it_has_a_place_for(ours, auto_class):
+    _, info = load(auto_class, ours, output_loading_info=True)
+    missing = {name.split(".")[0] for name in info["missing_keys"]}
+    assert missing <= {"classifier", "qa_outputs"}
+    leftover = {name.removeprefix("bert.").split(".")[0] for name in info["unexpected_keys"]}
+    assert leftover <= {"cls", "pooler"}
+    assert not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize("kind", ["published", "ours"])
+def test_folders_load_without_conversion(kind, mosaic, ours, golden):
+    """Published: ALiBi tensors made in __init__ stopped transformers 5, which builds on meta."""
+    assert_golden(load("AutoModelForMaskedLM", mosaic if kind == "published" else ours), golden)
+
+
+def test_dnabert_2_and_s_load_without_conversion(tmp_path):
+    """Their config has no model_type; DNABERT-S's names have no "bert." and it has no MLM head."""
+    folder = published_folder(tmp_path / "dnabert2", "dnabert2_tiny")
+    _, weights, outputs = load_golden("dnabert2_tiny")
+    mask = outputs["attention_mask"].bool()
+    logits = load("AutoModelForMaskedLM", folder)(outputs["input_ids"], mask).logits
+    assert torch.allclose(logits[mask], outputs["logits"][mask], atol=1e-3)
+
+    bare = {k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")}
+    torch.save(bare, folder / "pytorch_model.bin")
+    encoder = load("AutoModel", folder, add_pooling_layer=False)
+    hidden = encoder(outputs["input_ids"], mask).last_hidden_state
+    assert torch.allclose(hidden, outputs["last_hidden_state"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["published", "ours"])
+def test_a_stock_config_works_as_the_published_card_passes_it(kind, mosaic, ours, golden, tmp_path):
+    """Saved again, the folder must not become one that loads as a stock BERT."""
+    folder = mosaic if kind == "published" else ours
+    config = transformers.BertConfig.from_pretrained(folder)
+    config.alibi_starting_size = 2048
+    model = load("AutoModelForMaskedLM", folder, config=config)
+    assert_golden(model, golden)
+    assert model.config.alibi_starting_size == 2048
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "mosaic_bert" and saved["alibi_starting_size"] == 2048
+    assert_golden(load("AutoModelForMaskedLM", tmp_path), golden)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_attn_implementation_is_taken_at_load(mosaic, golden, backend):
+    model = load("AutoModelForMaskedLM", mosaic, attn_implementation=backend)
+    assert model.config._attn_implementation == model.bert.config._attn_implementation == backend
+    assert_golden(model, golden)
+
+
+def test_no_attn_implementation_means_the_best_of_the_device(mosaic):
+    assert load("AutoModelForMaskedLM", mosaic).config._attn_implementation == "auto"
+
+
+@pytest.mark.parametrize("backend", ["flex_attention", "flash_attention_3"])
+def test_an_unknown_backend_is_refused_at_load(mosaic, backend):
+    with pytest.raises(ValueError, match=f"'{backend}' is not available"):
+        load("AutoModelForMaskedLM", mosaic, attn_implementation=backend)
+
+
+def test_dtype_and_device_map(mosaic, golden):
+    model = load("AutoModelForMaskedLM", mosaic, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(**golden[0]).logits.isfinite().all()
+    assert_golden(load("AutoModelForMaskedLM", mosaic, device_map="auto"), golden)
+
+
+def test_without_trust_our_folder_fails_loudly(ours):
+    """Published, a stock BERT with random layers was loaded in silence."""
+    code = (
+        "import sys, transformers\n"
+        "for name in sys.argv[2:]:\n"
+        "    try: getattr(transformers, name).from_pretrained(sys.argv[1])\n"
+        "    except ValueError as error: print('\\nrefused', 'trust_remote_code' in str(error))\n"
+    )
+    out = run_python(code, ours, "AutoModel", "AutoModelForMaskedLM", "AutoConfig")
+    assert out.splitlines().count("refused True") == 3
+
+
+RELOAD = """
+import sys, torch, transformers
+from safetensors.torch import load_file
+model = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = load_file(sys.argv[2])
+print(torch.equal(model(**inputs).logits, load_file(sys.argv[3])["logits"]),
+type(model.config).__name__)
+"""
+
+
+def test_a_saved_model_reloads_in_a_new_process(mosaic, golden, tmp_path):
+    """Published, saving failed on the tied decoder and left a folder without weights."""
+    model = load("AutoModelForMaskedLM", mosaic)
+    model.save_pretrained(tmp_path / "saved")
+    assert {x.name for x in (tmp_path / "saved").glob("*.py")} == set(MODEL_FILES)
+    inputs, _ = golden
+    with torch.no_grad():
+        save_file({"logits": model(**inputs).logits}, tmp_path / "out.safetensors")
+    save_file(inputs, tmp_path / "in.safetensors")
+    arguments = (tmp_path / x for x in ("saved", "in.safetensors", "out.safetensors"))
+    assert run_python(RELOAD, *arguments).split() == ["True", "MosaicBertConfig"]
+
+
+def test_a_model_from_config_saves_its_code_too(tmp_path):
+    config = transformers.AutoConfig.from_pretrained(
+        ROOT, trust_remote_code=True, hidden_size=32, num_attention_heads=2, num_hidden_layers=1
+    )
+    model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    model.save_pretrained(tmp_path)
+    assert {x.name for x in tmp_path.glob("*.py")} == set(MODEL_FILES)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+HUB = """
+import importlib.util, sys
+# transformers looks for a module with find_spec before it lets a file import it.
+blocked, find = {"triton", "einops", "flash_attn"}, importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in blocked else find(name, *rest)
+sys.modules.update({name: None for name in blocked})
+import torch, transformers
+for revision in ({}, {"revision": "0" * 40}):
+    model = transformers.AutoModelForMaskedLM.from_pretrained(
+        "org/tiny", trust_remote_code=True, **revision
+    )
+    print(tuple(model(torch.tensor([[1, 2, 3]])).logits.shape))
+"""
+
+
+@pytest.mark.parametrize("kind", ["published", "ours"])
+def test_loads_by_id_where_triton_and_einops_are_missing(kind, mosaic, ours, tmp_path):
+    """Files from the Hub are searched for imports, in functions too: only a try excuses one."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(mosaic if kind == "published" else ours, repository / "snapshots" / ("0" * 40))
+    out = run_python(HUB, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert out.splitlines().count("(1, 3, 320)") == 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A WordPiece tokenizer whose 320 entries are specials and the words w5 .. w319."""
+    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    file.write_text("\n".join(specials + [f"w{i}" for i in range(5, 320)]))
+    return transformers.BertTokenizerFast(str(file))
+
+
+def test_the_fill_mask_pipeline_fills_masks(ours, tokenizer):
+    model = load("AutoModelForMaskedLM", ours)
+    fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    text = "w5 w6 [MASK] w8"
+    (best, *rest) = fill(text)
+    inputs = tokenizer(text, return_tensors="pt")
+    logits = model(**inputs).logits[0, 3]
+    assert best["token"] == logits.argmax().item() and len(rest) == 4
+
+
+@pytest.mark.parametrize(
+    "task, auto_class",
+    [
+        ("text-classification", "AutoModelForSequenceClassification"),
+        ("token-classification", "AutoModelForTokenClassification"),
+        ("feature-extraction", "AutoModel"),
+    ],
+)
+def test_other_pipelines_run(ours, tokenizer, task, auto_class):
+    pipe = transformers.pipeline(task, model=load(auto_class, ours), tokenizer=tokenizer)
+    assert len(pipe(["w5 w6 w7", "w8"])) == 2
+
+
+def test_reads_longer_text_than_it_was_trained_on(mosaic):
+    config = transformers.AutoConfig.from_pretrained(mosaic, trust_remote_code=True)
+    config.alibi_starting_size = 1024
+    model = load("AutoModelForMaskedLM", mosaic, config=config)
+    assert model(torch.arange(700)[None] % 320).logits.shape == (1, 700, 320)
+
+
+def test_lora_on_wqkv_trains_saves_and_merges(mosaic, golden, tmp_path):
+    model = load("AutoModelForMaskedLM", mosaic)
+    inputs, _ = golden
+    before = model(**inputs).logits
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["Wqkv"], r=4))
+    optimizer = torch.optim.SGD(lora.parameters(), lr=0.1)
+    for _ in range(2):
+        lora(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    trained = lora.eval()(**inputs).logits
+    assert not torch.allclose(trained, before)
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(load("AutoModelForMaskedLM", mosaic), tmp_path)
+    assert torch.allclose(again.eval()(**inputs).logits, trained, atol=1e-4)
+    assert torch.allclose(again.merge_and_unload()(**inputs).logits, trained, atol=1e-3)
+
+
+def test_nothing_in_the_goldens_is_changed_by_loading():
+    """The folders above are copies; a test that wrote to the originals would hide faults."""
+    assert not list(GOLDENS.glob("**/*.py"))

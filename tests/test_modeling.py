@@ -1,0 +1,667 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bert_layers: what every model class promises. Faults of the published code are named where their
+tests stand."""
+
+import pytest
+import torch
+from reference import alibi_attention, assert_as_close, slopes
+from torch import nn
+
+from mosaic_bert import bert_layers
+from mosaic_bert.bert_layers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    alibi_slopes,
+    choose_backend,
+)
+from mosaic_bert.bert_padding import PackedBatch, pack_batch
+from mosaic_bert.configuration_bert import MosaicBertConfig
+
+HEADS = [
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertForQuestionAnswering,
+]
+VOCAB = 64
+
+
+def make(cls, backend=None, *, dropout=0.0, seed=0, **values):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 96, "vocab_size": VOCAB, "initializer_range": 0.2}
+    config = MosaicBertConfig(**{**sizes, "hidden_dropout_prob": dropout, **values})
+    config._attn_implementation = backend
+    return cls(config).eval()
+
+
+def make_batch(*lengths, seqlen=None, seed=0):
+    """ids and mask (batch, seqlen) of right-padded rows."""
+    generator = torch.Generator().manual_seed(seed)
+    seqlen = seqlen or max(lengths)
+    ids = torch.randint(0, VOCAB, (len(lengths), seqlen), generator=generator)
+    mask = (torch.arange(seqlen) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def make_labels(batch, share=0.4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    labelled = torch.rand(batch["input_ids"].shape, generator=generator) < share
+    return torch.where(labelled & batch["attention_mask"].bool(), batch["input_ids"], -100)
+
+
+def close(a, b, factor=64):
+    """Equal to float32 rounding: sums of up to a few thousand terms in another order."""
+    assert a.shape == b.shape and a.numel() and a.isfinite().all()
+    eps = torch.finfo(torch.float32).eps
+    assert (a - b).abs().max() <= factor * eps * b.abs().max().clamp(min=1)
+
+
+# ---- attention ----
+
+
+@pytest.mark.parametrize("heads", [4, 6, 8, 12])
+def test_slopes_are_those_of_the_paper(heads):
+    assert alibi_slopes(heads) == pytest.approx(slopes(heads), rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "gaps"])
+@pytest.mark.parametrize("lengths", [[1], [63, 1, 128, 128, 129]], ids=str)
+@pytest.mark.parametrize("heads", [8, 12])
+def test_sdpa_is_as_close_to_float64_as_eager_is(heads, lengths, gaps, dtype):
+    """Forward and gradient, one bias view for each length, runs of equal lengths in one call."""
+    total, head_dim = sum(lengths), 16
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = None
+    if gaps:
+        positions = torch.cat([torch.arange(n).square().int() for n in lengths])
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(total, *x, heads, head_dim, generator=generator) for x in ([3], [])]
+    qkv, upstream = (x.to(dtype) for x in draw)
+
+    def run(attend, x):
+        x = x.detach().requires_grad_()
+        out = attend(x)
+        (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
+        return out.detach(), gradient
+
+    # A row per sequence: eager pads, so it needs to know the places.
+    seqlen = max(lengths)
+    indices = torch.cat([torch.arange(n) + i * seqlen for i, n in enumerate(lengths)])
+    batch = PackedBatch(len(lengths), seqlen, indices, cu_seqlens, seqlen, positions)
+    all_slopes = torch.tensor(alibi_slopes(heads))
+    plain = run(lambda x: bert_layers.eager_attention(x, all_slopes, batch, 0.0)[0], qkv)
+    candidate = run(lambda x: bert_layers.sdpa_attention(x, all_slopes, batch, 0.0)[0], qkv)
+    oracle = run(lambda x: alibi_attention(x, cu_seqlens, slopes(heads), positions), qkv.double())
+    for factor, *outputs in zip((2, 3), candidate, plain, oracle, strict=True):
+        assert_as_close(*outputs, factor=factor)
+
+
+def test_sdpa_bias_takes_no_memory_that_grows_with_the_square():
+    window = bert_layers.alibi_window(torch.tensor(alibi_slopes(12)), 65_536)
+    bias = bert_layers.bias_for_reversed_keys(window, 65_536)
+    assert bias.shape == (1, 12, 65_536, 65_536)
+    assert bias.untyped_storage().nbytes() == 12 * 131_071 * 4
+    # Against reversed keys, column 65,535 is key 0.
+    assert bias[0, 0, 100, 65_535] == -100 * alibi_slopes(12)[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_attention_dropout_is_for_training_only(backend):
+    model = make(BertModel, backend, attention_probs_dropout_prob=0.5)
+    batch = make_batch(32, 7)
+    with torch.no_grad():
+        still = model(**batch).last_hidden_state
+        model.train()
+        first, second = model(**batch).last_hidden_state, model(**batch).last_hidden_state
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, still)
+
+
+@pytest.mark.parametrize(
+    "requested, output_attentions, expected",
+    [
+        ("auto", False, "sdpa"),
+        ("auto", True, "eager"),
+        ("sdpa", False, "sdpa"),
+        ("eager", True, "eager"),
+    ],
+)
+def test_backend_on_a_cpu(requested, output_attentions, expected):
+    assert choose_backend(requested, torch.zeros(1, 3, 2, 8), output_attentions) == expected
+
+
+def test_a_backend_that_returns_no_attentions_says_so():
+    with pytest.raises(
+        ValueError, match="output_attentions=True needs attn_implementation='eager'"
+    ):
+        make(BertModel, "sdpa")(**make_batch(3), output_attentions=True)
+
+
+def test_flash_attention_2_is_refused_where_it_cannot_run(monkeypatch):
+    """The published code chose its kernel by dropout, and crashed where the device had none."""
+    with pytest.raises(ValueError, match="'flash_attention_2' is not available.*flash_attn.*sdpa"):
+        make(BertModel, "flash_attention_2")
+    monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", object())
+    model = make(BertModel, "flash_attention_2")
+    with pytest.raises(ValueError, match="cannot run: it needs CUDA tensors, got cpu. Use 'sdpa'"):
+        model(**make_batch(3))
+
+
+def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
+    """Its ALiBi counts index distances; elsewhere it would be silently wrong."""
+    seen = {}
+
+    def kernel(qkv, cu_seqlens, max_seqlen, dropout_p, alibi_slopes):
+        seen.update(cu_seqlens=cu_seqlens.tolist(), max_seqlen=max_seqlen, slopes=alibi_slopes)
+        return alibi_attention(qkv, cu_seqlens, alibi_slopes).to(qkv.dtype)
+
+    monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", kernel)
+    monkeypatch.setattr(bert_layers, "why_not", lambda backend, qkv: None)
+    model, batch = make(BertModel, "flash_attention_2"), make_batch(5, 3)
+    with torch.no_grad():
+        close(model(**batch).last_hidden_state, make(BertModel)(**batch).last_hidden_state)
+    assert seen["cu_seqlens"] == [0, 5, 8] and seen["max_seqlen"] == 5
+    assert torch.equal(seen["slopes"], torch.tensor(alibi_slopes(4)))
+    batch["attention_mask"][0, 2] = 0
+    with pytest.raises(ValueError, match="by index, but this batch has gaps"):
+        model(**batch)
+
+
+def test_an_unknown_backend_is_refused_at_load():
+    with pytest.raises(
+        ValueError, match="'flex' is not available; choose one of auto, eager, sdpa"
+    ):
+        make(BertModel, "flex")
+
+
+def test_set_attn_implementation_takes_effect():
+    """transformers ignores it, with a warning, for classes it takes for older ones."""
+    model = make(BertForMaskedLM)
+    model.set_attn_implementation("eager")
+    assert model.bert.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="'nope' is not available"):
+        model.set_attn_implementation("nope")
+
+
+# ---- padding, positions, masks ----
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_padding_does_not_change_real_tokens(backend):
+    model = make(BertModel, backend)
+    lengths = [1, 63, 128, 129]
+    batch = make_batch(*lengths, seqlen=140)
+    with torch.no_grad():
+        together = model(**batch).last_hidden_state
+        for row, n in enumerate(lengths):
+            close(together[row, :n], model(batch["input_ids"][row : row + 1, :n])[0][0])
+            assert (together[row, n:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_the_side_of_the_padding_does_not_matter(backend):
+    model = make(BertModel, backend)
+    right = make_batch(5, 9)
+    left = {name: x.clone() for name, x in right.items()}
+    left["input_ids"][0] = right["input_ids"][0].roll(4)
+    left["attention_mask"][0] = right["attention_mask"][0].roll(4)
+    with torch.no_grad():
+        close(model(**left)[0][0, 4:], model(**right)[0][0, :5])
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_ids_of_padding_are_never_looked_up(backend):
+    model, batch = make(BertModel, backend), make_batch(3, 5)
+    expected = model(**batch)[0]
+    batch["input_ids"][0, 3:] = -1
+    assert torch.equal(model(**batch)[0], expected)
+
+
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_rows_and_batches_without_tokens_give_numbers(cls):
+    model = make(cls)
+    batch = make_batch(4, 0)
+    for rows in (slice(None), slice(1, 2)):
+        outputs = model(**{name: x[rows] for name, x in batch.items()}, output_hidden_states=True)
+        for x in (outputs[0], *outputs.hidden_states):
+            assert x.isfinite().all()
+        assert (outputs.hidden_states[-1][-1] == 0).all()
+
+
+def test_masks_of_every_dtype_are_the_same_mask():
+    model, batch = make(BertModel), make_batch(3, 5)
+    expected = model(**batch)[0]
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        mask = batch["attention_mask"].to(dtype)
+        assert torch.equal(model(batch["input_ids"], mask)[0], expected)
+
+
+def test_no_mask_equals_a_mask_of_ones():
+    model, batch = make(BertForMaskedLM), make_batch(7, 7)
+    assert torch.equal(model(batch["input_ids"])[0], model(**batch)[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_packed_sequences_do_not_see_each_other(backend):
+    """What DataCollatorWithFlattening makes: one row, position_ids that restart, no mask."""
+    model, batch = make(BertModel, backend), make_batch(6, 1, 9)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    flat = {
+        "input_ids": batch["input_ids"][batch["attention_mask"].bool()][None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
+    with torch.no_grad():
+        packed, padded = model(**flat)[0][0], model(**batch)[0]
+    close(packed, padded[batch["attention_mask"].bool()])
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_distances_come_from_position_ids(backend):
+    """Doubled positions are doubled slopes."""
+    batch = {"input_ids": make_batch(12, 12)["input_ids"]}
+    model = make(BertModel, backend)
+    positions = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = model(**batch)[0]
+        close(model(**batch, position_ids=positions)[0], plain)
+        close(model(**batch, position_ids=positions + 5)[0], plain)
+        stretched = model(**batch, position_ids=2 * positions)[0]
+        assert (stretched - plain).abs().max() > 0.01
+    original = bert_layers.alibi_slopes
+    bert_layers.alibi_slopes = lambda heads: [2 * x for x in original(heads)]
+    try:
+        with torch.no_grad():
+            close(model(**batch)[0], stretched)
+    finally:
+        bert_layers.alibi_slopes = original
+
+
+def test_longer_inputs_than_prepared_for_just_work():
+    model = make(BertModel, alibi_starting_size=8)
+    longer = make(BertModel, alibi_starting_size=512)
+    ids = make_batch(50)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], longer(ids)[0])
+
+
+# ---- outputs ----
+
+
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_hidden_states_attentions_and_tuples(cls):
+    """The published code ignored all three arguments, and its AutoModel returned a bare tuple."""
+    model, batch = make(cls), make_batch(3, 6)
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [x.shape for x in outputs.hidden_states] == [(2, 6, 64)] * 3
+    assert [x.shape for x in outputs.attentions] == [(2, 4, 6, 6)] * 2
+    for probs in outputs.attentions:
+        # Real queries attend to real keys with weight 1 in all, padding attends to nothing.
+        close(probs.sum(-1), batch["attention_mask"][:, None].expand(2, 4, 6).float())
+        assert (probs[0, :, :, 3:] == 0).all()
+    as_tuple = model(**batch, output_hidden_states=True, output_attentions=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(outputs.to_tuple())
+    assert torch.equal(as_tuple[0], outputs[0])
+
+
+@pytest.mark.parametrize("setting", ["output_hidden_states", "return_dict"])
+def test_the_config_decides_what_arguments_leave_open(setting):
+    model, batch = make(BertForMaskedLM), make_batch(3, 6)
+    setattr(model.config, setting, not getattr(model.config, setting))
+    outputs = model(**batch)
+    if setting == "return_dict":
+        assert isinstance(outputs, tuple)
+    else:
+        assert len(outputs.hidden_states) == 3
+
+
+def test_positional_order_is_transformers_own():
+    """Published, the second argument was token_type_ids: silent nonsense."""
+    model, batch = make(BertForMaskedLM), make_batch(3, 6)
+    types = torch.ones_like(batch["input_ids"])
+    by_name = model(**batch, token_type_ids=types)[0]
+    assert torch.equal(model(batch["input_ids"], batch["attention_mask"], types)[0], by_name)
+    assert not torch.equal(model(**batch)[0], by_name)
+
+
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_inputs_embeds_equal_ids(cls):
+    """Raised in the published code."""
+    model, batch = make(cls), make_batch(3, 6)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    by_embeds = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])[0]
+    assert torch.equal(by_embeds, model(**batch)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_half_precision_runs_and_is_near_float32(backend, dtype):
+    """A dtype error on the published code's PyTorch path."""
+    batch = make_batch(9, 30)
+    labels = make_labels(batch)
+    exact = make(BertForMaskedLM, backend)(**batch, labels=labels)
+    half = make(BertForMaskedLM, backend).to(dtype)
+    outputs = half(**batch, labels=labels)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype and outputs.loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in half.parameters())
+    # Rounding once per layer and weight: a few dozen eps of the largest logit.
+    error = (outputs.logits.float() - exact.logits).abs().max()
+    assert error <= 32 * torch.finfo(dtype).eps * exact.logits.abs().max()
+
+
+def test_low_precision_layernorm_stays_in_autocasts_dtype():
+    """Stock autocast upcasts LayerNorm to float32."""
+    batch = make_batch(5, 9)
+    seen = {}
+    for low in (False, True):
+        model = make(BertModel, low_precision_layernorm=low)
+        norm = model.encoder.layer[0].mlp.layernorm
+        norm.register_forward_hook(lambda m, x, out, low=low: seen.__setitem__(low, out.dtype))
+        full = model(**batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(**batch)[0].float()
+        assert (half - full).abs().max() <= 32 * torch.finfo(torch.bfloat16).eps * full.abs().max()
+    assert seen[True] == torch.bfloat16 and seen[False] == torch.float32
+    close(model(**batch)[0], make(BertModel)(**batch)[0])
+
+
+# ---- masked language modelling ----
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_sparse_prediction_changes_neither_loss_nor_gradients(backend):
+    batch = make_batch(1, 63, 30)
+    labels = make_labels(batch)
+    results = []
+    for sparse in (True, False):
+        model = make(BertForMaskedLM, backend, sparse_prediction=sparse).train()
+        outputs = model(**batch, labels=labels)
+        outputs.loss.backward()
+        results.append((outputs, {n: p.grad for n, p in model.named_parameters()}))
+    (sparse, sparse_grads), (dense, dense_grads) = results
+    assert sparse.logits.shape == ((labels != -100).sum(), VOCAB)
+    close(sparse.logits, dense.logits[labels != -100])
+    close(sparse.loss, dense.loss)
+    for name, gradient in dense_grads.items():
+        close(sparse_grads[name], gradient)
+
+
+def test_evaluation_logits_are_whole_even_with_labels():
+    """Published, logits were zero except at labelled positions."""
+    model, batch = make(BertForMaskedLM), make_batch(4, 8)
+    labels = make_labels(batch)
+    assert torch.equal(model(**batch, labels=labels).logits, model(**batch).logits)
+
+
+def test_label_0_counts():
+    """Published, only labels above 0 did; 0 is a real token of DNABERT-2's."""
+    model, batch = make(BertForMaskedLM), make_batch(4, 8)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[1, 2] = 0
+    expected = -model(**batch).logits[1, 2].log_softmax(-1)[0]
+    for training in (False, True):
+        close(model.train(training)(**batch, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_label_at_all_gives_a_zero_loss_with_gradients(training):
+    """NaN in the published code."""
+    model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_on_padding_are_ignored(training):
+    """Crashed in the published code."""
+    model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)
+    labels = make_labels(batch)
+    everywhere = torch.where(batch["attention_mask"].bool(), labels, 5)
+    assert torch.equal(model(**batch, labels=everywhere).loss, model(**batch, labels=labels).loss)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_num_items_in_batch_divides_the_sum(training):
+    model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)
+    labels = make_labels(batch)
+    count = (labels != -100).sum()
+    mean = model(**batch, labels=labels).loss
+    close(model(**batch, labels=labels, num_items_in_batch=4 * count).loss, mean / 4)
+    assert model.accepts_loss_kwargs and not BertForTokenClassification.accepts_loss_kwargs
+
+
+def test_resizing_embeddings_keeps_tie_and_bias():
+    """Published, the decoder's bias stayed at its old size."""
+    model, batch = make(BertForMaskedLM), make_batch(4, 8)
+    nn.init.normal_(model.cls.predictions.decoder.bias)
+    before = model(**batch).logits
+    model.resize_token_embeddings(VOCAB + 8)
+    decoder = model.cls.predictions.decoder
+    assert decoder.weight is model.get_input_embeddings().weight
+    assert decoder.bias.shape == (VOCAB + 8,) and model.config.vocab_size == VOCAB + 8
+    assert torch.equal(model(**batch).logits[..., :VOCAB], before)
+
+
+def test_the_head_can_be_replaced_by_an_identity():
+    """BiRNA-BERT's card does this, and reads embeddings from `.logits`."""
+    model, batch = make(BertForMaskedLM), make_batch(4, 8)
+    embeddings = model.bert(**batch).last_hidden_state
+    model.cls = nn.Identity()
+    assert torch.equal(model(**batch).logits, embeddings)
+
+
+# ---- the other heads ----
+
+
+@pytest.mark.parametrize(
+    "num_labels, problem_type, labels, loss",
+    [
+        (1, None, torch.tensor([0.5, -1.0]), nn.MSELoss()),
+        (1, None, torch.tensor([[0.5], [-1.0]]), nn.MSELoss()),
+        (1, "regression", torch.tensor([1, 2]), nn.MSELoss()),
+        (3, "regression", torch.ones(2, 3), nn.MSELoss()),
+        (3, None, torch.tensor([2, 0]), nn.CrossEntropyLoss()),
+        (3, None, torch.tensor([2, 0], dtype=torch.int32), nn.CrossEntropyLoss()),
+        (3, None, torch.tensor([[0.0, 1, 1], [1, 0, 0]]), nn.BCEWithLogitsLoss()),
+        (3, "multi_label_classification", torch.tensor([[0, 1, 1], [1, 0, 0]]), nn.BCEWithLogitsLoss()),
+    ],
+)  # fmt: skip
+def test_sequence_classification_follows_problem_type(num_labels, problem_type, labels, loss):
+    """transformers' own models write problem_type to the config; the next batch then inherits
+    it."""
+    model = make(BertForSequenceClassification, num_labels=num_labels, problem_type=problem_type)
+    outputs = model(**make_batch(4, 8), labels=labels)
+    logits, target = outputs.logits, labels
+    if isinstance(loss, nn.CrossEntropyLoss):
+        target = labels.long()
+    else:
+        target = labels.float().reshape(logits.shape)
+    close(outputs.loss, loss(logits, target))
+    assert model.config.problem_type == problem_type
+
+
+def test_classifier_dropout_overrides_hidden_dropout():
+    assert make(BertForSequenceClassification, dropout=0.1).dropout.p == 0.1
+    assert make(BertForSequenceClassification, classifier_dropout=0.3).dropout.p == 0.3
+
+
+def test_token_classification_loss():
+    model, batch = make(BertForTokenClassification, num_labels=5), make_batch(4, 8)
+    labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"] % 5, -100)
+    outputs = model(**batch, labels=labels)
+    assert outputs.logits.shape == (2, 8, 5)
+    expected = nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+    close(outputs.loss, expected)
+
+
+def test_question_answering_ignores_answers_outside_the_row():
+    model, batch = make(BertForQuestionAnswering), make_batch(4, 8)
+    start, end = torch.tensor([1, 99]), torch.tensor([[2], [-1]])
+    outputs = model(**batch, start_positions=start, end_positions=end)
+    expected = [
+        nn.functional.cross_entropy(logits[:1], torch.tensor([position]))
+        for logits, position in ((outputs.start_logits, 1), (outputs.end_logits, 2))
+    ]
+    close(outputs.loss, sum(expected) / 2)
+
+
+def test_multiple_choice_scores_each_choice_alone():
+    model = make(BertForMultipleChoice)
+    batch = make_batch(3, 6, 8, 2, 5, 1)
+    choices = {name: x.view(2, 3, 8) for name, x in batch.items()}
+    outputs = model(**choices, labels=torch.tensor([2, 0]))
+    assert outputs.logits.shape == (2, 3)
+    close(outputs.loss, nn.functional.cross_entropy(outputs.logits, torch.tensor([2, 0])))
+    alone = model(**{name: x[1:, 1:2] for name, x in choices.items()})
+    close(alone.logits, outputs.logits[1:, 1:2])
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "exactly one of input_ids and inputs_embeds, got none"),
+        ({"input_ids": torch.zeros(1, 2, dtype=int), "inputs_embeds": torch.zeros(1, 2, 64)}, "got both"),
+        ({"input_ids": torch.zeros(2, dtype=int)}, r"input_ids must have 2 axes, got shape \(2,\)"),
+        ({"inputs_embeds": torch.zeros(2, 64)}, "inputs_embeds must have 3 axes"),
+        ({"input_ids": torch.tensor([[1, VOCAB]])}, f"input_ids holds {VOCAB}, but the model has only 0..63"),
+        ({"input_ids": torch.tensor([[1, -5]])}, "input_ids holds -5"),
+        ({"input_ids": torch.tensor([[1]]), "token_type_ids": torch.tensor([[2]])}, "token_type_ids holds 2"),
+        ({"input_ids": torch.tensor([[1]]), "token_type_ids": torch.tensor([2])}, "token_type_ids has shape"),
+        ({"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 2)}, "attention_mask has shape"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_bad_input_is_refused_with_the_numbers(cls, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(cls)(**arguments)
+
+
+@pytest.mark.parametrize(
+    "cls, labels",
+    [
+        (BertForMaskedLM, {"labels": torch.zeros(2, 7, dtype=int)}),
+        (BertForMaskedLM, {"labels": torch.zeros(16, dtype=int)}),
+        (BertForSequenceClassification, {"labels": torch.zeros(3, dtype=int)}),
+        (BertForSequenceClassification, {"labels": torch.zeros(2, 3)}),
+        (BertForTokenClassification, {"labels": torch.zeros(2, dtype=int)}),
+        (
+            BertForQuestionAnswering,
+            {
+                "start_positions": torch.zeros(3, dtype=int),
+                "end_positions": torch.zeros(2, dtype=int),
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_of_the_wrong_shape_are_refused(cls, labels, training):
+    with pytest.raises(ValueError, match=r"has shape \(.*expected \("):
+        make(cls).train(training)(**make_batch(4, 8), **labels)
+
+
+def test_half_a_span_is_refused():
+    with pytest.raises(ValueError, match="both start_positions and end_positions"):
+        make(BertForQuestionAnswering)(**make_batch(4), start_positions=torch.tensor([1]))
+
+
+def test_flat_multiple_choice_input_is_refused():
+    with pytest.raises(ValueError, match=r"\(batch, choices, seqlen\), got \(2, 8\)"):
+        make(BertForMultipleChoice)(**make_batch(4, 8))
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="got 64 and 5"):
+        MosaicBertConfig(hidden_size=64, num_attention_heads=5)
+    with pytest.raises(ValueError, match="alibi_starting_size must be at least 1, got 0"):
+        MosaicBertConfig(alibi_starting_size=0)
+
+
+# ---- training machinery ----
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    """Raised in the published code."""
+    batch = make_batch(5, 9)
+    grads = []
+    for checkpointing in (False, True):
+        model = make(BertForMaskedLM).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**batch, labels=make_labels(batch)).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def compiled_graphs(model, batches, **options):
+    """Compiles model, compares it on each batch, gradients too where it trains, and explains."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", **options)
+    for batch in batches:
+        expected, outputs = model(**batch), compiled(**batch)
+        assert torch.equal(outputs[0], expected[0])
+        if model.training:
+            gradients = [
+                torch.autograd.grad(x.loss, list(model.parameters())) for x in (expected, outputs)
+            ]
+            for a, b in zip(*gradients, strict=True):
+                close(b, a)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_compile_without_a_mask_is_one_graph_for_all_shapes(cls):
+    batches = [
+        {"input_ids": make_batch(*[n] * b)["input_ids"]} for b, n in ((2, 16), (3, 24), (4, 7))
+    ]
+    assert compiled_graphs(make(cls), batches, fullgraph=True, dynamic=True) == 1
+
+
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_compile_with_a_mask_breaks_once_and_never_recompiles(cls):
+    """One graph behind the unpadding, and for a classifier one more behind the encoder's end."""
+    lengths = ((16, 3), (9, 9), (16, 16), (5, 16), (2, 7))
+    batches = [make_batch(*x, seqlen=16) for x in lengths]
+    assert compiled_graphs(make(cls), batches) <= 2
+
+
+def test_compile_in_training_never_recompiles_as_tokens_and_labels_change():
+    lengths = ((16, 3), (9, 9), (16, 16), (5, 16), (12, 7))
+    batches = [make_batch(*x, seqlen=16) for x in lengths]
+    batches = [{**x, "labels": make_labels(x)} for x in batches]
+    assert all((x["labels"] != -100).sum() > 1 for x in batches)
+    assert compiled_graphs(make(BertForMaskedLM).train(), batches) == 1
+
+
+def test_the_compiled_attention_operator_is_sound():
+    torch.manual_seed(0)
+    qkv = torch.randn(12, 3, 2, 8, requires_grad=True)
+    batch = pack_batch(torch.zeros(2, 8), torch.tensor([[1] * 8, [1] * 4 + [0] * 4]))
+    arguments = (qkv, batch.cu_seqlens, torch.tensor([0.5, 0.25]), None)
+    torch.library.opcheck(bert_layers.sdpa_varlen_op, arguments)
+
+
+def test_every_public_name_has_a_docstring():
+    missing = [
+        name
+        for name, x in vars(bert_layers).items()
+        if getattr(x, "__module__", None) == bert_layers.__name__
+        and (isinstance(x, type) or callable(x))
+        and not (x.__doc__ or "").strip()
+        and not name.startswith("_")
+    ]
+    assert not missing

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bert_padding: integers, so exact."""
+
+import pytest
+import torch
+
+from mosaic_bert.bert_padding import pack_batch, pad_input, unpad_input
+
+MASKS = {
+    "right": [[1, 1, 1, 0], [1, 0, 0, 0]],
+    "left": [[0, 0, 1, 1], [0, 0, 0, 1]],
+    "holes": [[1, 0, 0, 1], [0, 1, 0, 1]],
+    "full": [[1, 1, 1, 1], [1, 1, 1, 1]],
+    "an empty row": [[0, 0, 0, 0], [1, 1, 0, 0]],
+    "nothing": [[0, 0, 0, 0], [0, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_unpadding_keeps_real_tokens_and_padding_puts_zeros_around_them(mask, dtype):
+    mask = torch.tensor(mask).to(dtype)
+    x = torch.arange(1, 17).view(2, 4, 2)
+    batch = pack_batch(x, mask)
+    assert torch.equal(unpad_input(x, batch), x[mask.bool()])
+    assert torch.equal(pad_input(unpad_input(x, batch), batch), x * mask.bool()[..., None])
+
+
+@pytest.mark.parametrize(
+    "mask, cu_seqlens, max_seqlen, positions",
+    [
+        ([[1, 1, 1, 0], [1, 0, 0, 0]], [0, 3, 4], 3, None),
+        ([[0, 0, 1, 1], [0, 0, 0, 1]], [0, 2, 3], 2, None),
+        ([[1, 0, 0, 1], [0, 1, 0, 1]], [0, 2, 4], 2, [0, 3, 0, 2]),
+        ([[0, 0, 0, 0], [1, 1, 0, 0]], [0, 2], 2, None),
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], [0], 0, None),
+    ],
+)
+def test_sequences_and_distances_come_from_the_mask(mask, cu_seqlens, max_seqlen, positions):
+    batch = pack_batch(torch.zeros(2, 4), torch.tensor(mask))
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.tolist() == cu_seqlens
+    assert batch.max_seqlen == max_seqlen
+    assert (batch.positions is None) == (positions is None)
+    assert positions is None or batch.positions.tolist() == positions
+
+
+def test_no_mask_means_full_rows():
+    batch = pack_batch(torch.zeros(3, 5))
+    assert batch.indices is None and batch.positions is None
+    assert batch.cu_seqlens.tolist() == [0, 5, 10, 15] and batch.max_seqlen == 5
+
+
+@pytest.mark.parametrize(
+    "position_ids, cu_seqlens, positions",
+    [
+        ([[0, 1, 2, 3]], [0, 4, 8], None),
+        ([[0, 1, 2, 0], [0, 0, 1, 2]], [0, 3, 4, 5, 8], None),
+        ([[5, 6, 7, 8], [0, 1, 0, 1]], [0, 4, 6, 8], None),
+        ([[0, 2, 4, 6], [1, 2, 4, 8]], [0, 4, 8], [0, 2, 4, 6, 0, 1, 3, 7]),
+    ],
+)
+def test_a_position_of_0_begins_a_sequence(position_ids, cu_seqlens, positions):
+    batch = pack_batch(torch.zeros(2, 4), position_ids=torch.tensor(position_ids))
+    assert batch.cu_seqlens.tolist() == cu_seqlens
+    assert (batch.positions is None) == (positions is None)
+    assert positions is None or batch.positions.tolist() == positions
+
+
+def test_positions_of_padding_mean_nothing():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
+    position_ids = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0]])
+    assert pack_batch(mask, mask, position_ids).cu_seqlens.tolist() == [0, 2, 4]
+
+
+def test_labelled_tokens_are_found_among_the_real_ones():
+    labels = torch.tensor([[-100, 0, -100, 7], [3, -100, 9, 9]])
+    batch = pack_batch(labels, torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0]]), labels=labels)
+    assert batch.labelled.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        (
+            "attention_mask",
+            torch.ones(2, 5),
+            r"attention_mask has shape \(2, 5\), expected \(2, 4\)",
+        ),
+        ("attention_mask", torch.ones(2, 1, 1, 4), "attention_mask has shape"),
+        ("attention_mask", torch.full((2, 4), -1e4), "attention_mask holds -10000"),
+        ("position_ids", torch.zeros(4), r"position_ids has shape \(4,\), expected \(2, 4\) or"),
+        ("position_ids", torch.tensor([[0, 1, 1, 2]]), "position_ids must increase"),
+        ("labels", torch.zeros(8), r"labels has shape \(8,\)"),
+    ],
+)
+def test_bad_input_is_refused_with_the_numbers(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        pack_batch(torch.zeros(2, 4), **{name: value})
