@@ -203,11 +203,11 @@ def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p:
 
 
 def flash_attention_2(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The flash-attn package's kernel; it takes ALiBi's slopes and measures distance by index."""
+    """The flash-attn package's kernel, with ALiBi's slopes; it measures distance by index."""
     if batch.positions is not None:
         raise ValueError(
-            "attn_implementation='flash_attention_2' measures distance by index, but this batch has "
-            "gaps (zeros inside a row of attention_mask, or position_ids that skip): use 'sdpa'"
+            "attn_implementation='flash_attention_2' measures distance by index, but this batch "
+            "has gaps (zeros inside a row of attention_mask, or position_ids that skip): use 'sdpa'"
         )
     context = flash_attn_2_varlen_attention(
         qkv, batch.cu_seqlens, batch.max_seqlen, dropout_p, alibi_slopes=slopes

@@ -54,17 +54,8 @@ PIPELINES = {
 }
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
 # What a source's config says of its own code.
-FOREIGN = set(
-    [
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "dtype",
-        "model_type",
-        "torch_dtype",
-        "transformers_version",
-    ]
-)
+FOREIGN = {"architectures", "auto_map", "model_type", "transformers_version"}
+FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 DECODER, EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bert_layers: what every model class promises. Faults of the published code are named where their
-tests stand."""
+"""bert_layers: what every model class promises.
+
+Faults of the published code are named where their tests stand.
+"""
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ HEADS = [
     BertForQuestionAnswering,
 ]
 VOCAB = 64
+IDS = torch.tensor([[1, 1]])
 
 
 def make(cls, backend=None, *, dropout=0.0, seed=0, **values):
@@ -471,7 +474,7 @@ def test_the_head_can_be_replaced_by_an_identity():
         (3, None, torch.tensor([2, 0]), nn.CrossEntropyLoss()),
         (3, None, torch.tensor([2, 0], dtype=torch.int32), nn.CrossEntropyLoss()),
         (3, None, torch.tensor([[0.0, 1, 1], [1, 0, 0]]), nn.BCEWithLogitsLoss()),
-        (3, "multi_label_classification", torch.tensor([[0, 1, 1], [1, 0, 0]]), nn.BCEWithLogitsLoss()),
+        (3, "multi_label_classification", torch.ones(2, 3, dtype=int), nn.BCEWithLogitsLoss()),
     ],
 )  # fmt: skip
 def test_sequence_classification_follows_problem_type(num_labels, problem_type, labels, loss):
@@ -531,14 +534,14 @@ def test_multiple_choice_scores_each_choice_alone():
     "arguments, message",
     [
         ({}, "exactly one of input_ids and inputs_embeds, got none"),
-        ({"input_ids": torch.zeros(1, 2, dtype=int), "inputs_embeds": torch.zeros(1, 2, 64)}, "got both"),
-        ({"input_ids": torch.zeros(2, dtype=int)}, r"input_ids must have 2 axes, got shape \(2,\)"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(1, 2, 64)}, "got both"),
+        ({"input_ids": IDS[0]}, r"input_ids must have 2 axes, got shape \(2,\)"),
         ({"inputs_embeds": torch.zeros(2, 64)}, "inputs_embeds must have 3 axes"),
-        ({"input_ids": torch.tensor([[1, VOCAB]])}, f"input_ids holds {VOCAB}, but the model has only 0..63"),
-        ({"input_ids": torch.tensor([[1, -5]])}, "input_ids holds -5"),
-        ({"input_ids": torch.tensor([[1]]), "token_type_ids": torch.tensor([[2]])}, "token_type_ids holds 2"),
-        ({"input_ids": torch.tensor([[1]]), "token_type_ids": torch.tensor([2])}, "token_type_ids has shape"),
-        ({"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 2)}, "attention_mask has shape"),
+        ({"input_ids": IDS + VOCAB}, "input_ids holds 65, but the model has only 0..63"),
+        ({"input_ids": IDS - 5}, "input_ids holds -4"),
+        ({"input_ids": IDS, "token_type_ids": IDS + 1}, "token_type_ids holds 2"),
+        ({"input_ids": IDS, "token_type_ids": IDS[0]}, r"token_type_ids has shape \(2,\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])

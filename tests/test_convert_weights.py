@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert_weights.py: every layout in, one layout out, bit for bit; and what it refuses."""
+
+import importlib.util
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, run_python
+from safetensors.torch import load_file, save_file
+
+spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "convert_weights.py")
+convert_weights = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convert_weights)
+
+MLM = GOLDENS / "mosaic_tiny" / "config.json"
+DECODER = "cls.predictions.decoder.weight"
+
+
+def run(*arguments):
+    convert_weights.main([str(x) for x in arguments])
+
+
+def write_source(folder, weights, config):
+    """A checkpoint folder as on the Hub."""
+    folder.mkdir(exist_ok=True)
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_composer(file, weights):
+    """A Composer checkpoint, with the numpy random state that a plain weights_only load refuses."""
+    state = {"model": {f"model.{name}": x for name, x in weights.items()}, "algorithms": []}
+    random = {"python": (3, (1, 2), None), "numpy": np.random.RandomState(0).get_state()}
+    torch.save({"state": state, "rng": [random]}, file)
+    return file
+
+
+def mlm_weights(name="mosaic_tiny"):
+    head = ("bert.pooler", "classifier")
+    return {k: v for k, v in load_golden(name)[1].items() if not k.startswith(head)}
+
+
+def classification_weights():
+    return {k: v for k, v in load_golden("mosaic_tiny")[1].items() if not k.startswith("cls.")}
+
+
+def assert_holds(folder, weights):
+    """The folder's tensors are these, bit for bit, but for the tied decoder, which is not stored."""
+    saved = load_file(folder / "model.safetensors")
+    assert set(saved) == set(weights) - {DECODER}
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+def load(auto_class, folder):
+    return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+
+
+# ---- what goes in comes out ----
+
+
+def test_a_folder_from_the_hub(tmp_path):
+    run(GOLDENS / "mosaic_tiny", tmp_path / "out")
+    assert_holds(tmp_path / "out", mlm_weights())
+    files = {x.name for x in (tmp_path / "out").iterdir()}
+    assert files == {"model.safetensors", "config.json", "README.md", *MODEL_FILES}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ours = json.loads((ROOT / "config.json").read_text())
+    assert config["auto_map"] == ours["auto_map"] and config["model_type"] == "mosaic_bert"
+    assert config["architectures"] == ["BertForMaskedLM"]
+    # Tools cut text at max_position_embeddings, which published configs leave at 512.
+    assert config["alibi_starting_size"] == config["max_position_embeddings"] == 32
+    source = json.loads(MLM.read_text())
+    for name in ("hidden_size", "vocab_size", "attention_probs_dropout_prob", "pad_token_id"):
+        assert config[name] == source[name]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["decoder stored", "decoder left out"])
+def test_safetensors_with_and_without_the_tied_decoder(tmp_path, tied):
+    weights = mlm_weights()
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(MLM, source)
+    stored = {k: v.clone() for k, v in weights.items() if tied or k != DECODER}
+    save_file(stored, source / "model.safetensors")
+    run(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+
+
+def test_a_composer_checkpoint(tmp_path):
+    """Saved with numpy 2's names; numpy 1's are in the next test."""
+    run(write_composer(tmp_path / "ep0.pt", mlm_weights()), tmp_path / "out", "--config", MLM)
+    assert_holds(tmp_path / "out", mlm_weights())
+
+
+def test_a_composer_checkpoint_of_numpy_1(tmp_path):
+    file = write_composer(tmp_path / "ep0.pt", mlm_weights())
+    archive = file.read_bytes()
+    assert b"numpy._core" in archive
+    shutil.unpack_archive(file, tmp_path / "open", "zip")
+    (data,) = (tmp_path / "open").glob("*/data.pkl")
+    data.write_bytes(data.read_bytes().replace(b"cnumpy._core.multi", b"cnumpy.core.multi"))
+    shutil.make_archive(str(tmp_path / "ep1"), "zip", tmp_path / "open")
+    run(tmp_path / "ep1.zip", tmp_path / "out", "--config", MLM)
+    assert_holds(tmp_path / "out", mlm_weights())
+
+
+def test_a_sequence_classification_checkpoint(tmp_path):
+    weights = classification_weights()
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    run(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+    model = load("AutoModelForSequenceClassification", tmp_path / "out")
+    assert model.config.num_labels == 3 and len(model.config.id2label) == 3
+
+
+def test_labels_keep_their_names(tmp_path):
+    names = {"0": "no", "1": "maybe", "2": "yes"}
+    config = json.loads(MLM.read_text()) | {"id2label": names}
+    run(write_source(tmp_path / "source", classification_weights(), config), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["id2label"] == names
+
+
+def test_dnabert_2_gets_the_pad_id_that_its_config_lacks(tmp_path):
+    run(GOLDENS / "dnabert2_tiny", tmp_path / "out")
+    assert_holds(tmp_path / "out", mlm_weights("dnabert2_tiny"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 3
+
+
+def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
+    config, weights, _ = load_golden("dnabert2_tiny")
+    bare = {k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")}
+    bare |= {"pooler.dense.weight": torch.randn(64, 64), "pooler.dense.bias": torch.randn(64)}
+    config |= {"architectures": ["BertModel"], "pad_token_id": 0}
+    run(write_source(tmp_path / "source", bare, config), tmp_path / "out")
+    assert_holds(tmp_path / "out", bare)
+    assert torch.equal(
+        load("AutoModel", tmp_path / "out").pooler.dense.bias, bare["pooler.dense.bias"]
+    )
+
+
+@pytest.mark.parametrize("layout", convert_weights.LAYOUTS)
+def test_the_table_read_backwards_is_its_inverse(layout):
+    weights = load_golden("mosaic_tiny")[1]
+    if layout == "encoder only":
+        weights = {k: v for k, v in weights.items() if k.startswith("bert.")}
+    theirs = convert_weights.from_ours(weights, layout)
+    assert set(theirs).isdisjoint(weights) or layout == "MosaicBERT"
+    found, back = convert_weights.to_ours(theirs)
+    assert found == layout and list(back) == list(weights)
+    assert all(back[name] is weights[name] for name in weights)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype_casts_every_tensor(tmp_path, dtype):
+    run(GOLDENS / "dnabert2_tiny", tmp_path / "out", "--dtype", dtype)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    expected = mlm_weights("dnabert2_tiny")
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, expected[name].to(getattr(torch, dtype)))
+
+
+def test_without_dtype_the_sources_is_kept(tmp_path):
+    weights = {name: x.half() for name, x in mlm_weights().items()}
+    run(write_source(tmp_path / "source", weights, json.loads(MLM.read_text())), tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")["cls.predictions.decoder.bias"].dtype
+        == torch.float16
+    )
+
+
+def test_heads_that_the_source_lacks_are_named(tmp_path, capsys):
+    run(GOLDENS / "mosaic_tiny", tmp_path / "out")
+    assert "Not in the source: pooler, classifier" in capsys.readouterr().out
+
+
+# ---- tokenizer and card ----
+
+
+@pytest.fixture
+def vocab(tmp_path):
+    file = tmp_path / "vocab" / "vocab.txt"
+    file.parent.mkdir()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    file.write_text("\n".join([*specials, "a", "sentence", ".", *(f"w{i}" for i in range(8, 320))]))
+    return file
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["vocab.txt", "folder"])
+def test_the_tokenizer_loads_on_every_transformers_and_returns_token_types(
+    tmp_path, vocab, as_folder
+):
+    """transformers 5 writes a class name that 4 does not know; 5.0 then omits token_type_ids."""
+    run(
+        GOLDENS / "mosaic_tiny",
+        tmp_path / "out",
+        "--tokenizer",
+        vocab.parent if as_folder else vocab,
+    )
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "BertTokenizer"
+    assert settings["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("A", "w9")["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert tokenizer("A sentence.")["input_ids"] == [2, 5, 6, 7, 3]
+
+
+def test_the_model_card_has_an_example_that_runs(tmp_path, vocab):
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out, "--tokenizer", vocab)
+    card = (out / "README.md").read_text()
+    front, text = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()
+    assert "pipeline_tag: fill-mask" in front and "custom_code" in front
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    shape = run_python(example.replace("ORG/NAME", str(out)) + "print(tuple(outputs[0].shape))")
+    assert shape.strip() == "(1, 5, 320)"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, vocab):
+    vocab.write_text(vocab.read_text() + "\nmore\nand more")
+    with pytest.raises(ValueError, match="the tokenizer has 322 entries, the model only 320"):
+        run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--tokenizer", vocab)
+
+
+# ---- what is refused ----
+
+
+def test_tensors_without_a_place_and_places_without_a_tensor_are_listed(tmp_path):
+    weights = mlm_weights()
+    weights["cls.seq_relationship.weight"] = torch.zeros(2, 96)
+    del weights["bert.encoder.layer.1.mlp.wo.bias"]
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    with pytest.raises(
+        ValueError, match="no place for: cls.seq_relationship.weight; missing: bert.enc"
+    ) as error:
+        run(source, tmp_path / "out")
+    assert "layer.1.mlp.wo.bias" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_is_refused_by_its_names(tmp_path):
+    weights = mlm_weights()
+    weights["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(96, 96)
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    with pytest.raises(ValueError, match=r"no place for: \S+self.query.weight$"):
+        run(source, tmp_path / "out")
+    source = write_source(
+        source, {"transformer.h.0.weight": torch.zeros(1)}, json.loads(MLM.read_text())
+    )
+    with pytest.raises(ValueError, match="no place for these tensors .* transformer.h.0.weight"):
+        run(source, tmp_path / "out")
+
+
+def test_a_config_of_another_size_is_refused_with_the_shapes(tmp_path):
+    config = json.loads(MLM.read_text()) | {"intermediate_size": 128}
+    source = write_source(tmp_path / "source", mlm_weights(), config)
+    with pytest.raises(ValueError, match=r"gated_layers.weight \(256, 96\) and \(320, 96\)"):
+        run(source, tmp_path / "out")
+
+
+def test_an_untied_decoder_is_refused(tmp_path):
+    weights = mlm_weights()
+    weights[DECODER] = weights[DECODER] + 1
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    with pytest.raises(ValueError, match="decoder.weight differs from"):
+        run(source, tmp_path / "out")
+
+
+class Payload:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["torch.save", "bare pickle"])
+def test_pickled_code_is_never_executed(tmp_path, plain):
+    source = write_source(tmp_path / "source", {}, json.loads(MLM.read_text()))
+    checkpoint = {**mlm_weights(), "payload": Payload(tmp_path / "executed")}
+    if plain:
+        (source / "pytorch_model.bin").write_bytes(pickle.dumps(checkpoint))
+    else:
+        torch.save(checkpoint, source / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is not loaded: .* would run code"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("size", [0, 1000, 500_000])
+def test_a_torn_file_is_named(tmp_path, name, size):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(MLM, source)
+    if name == "pytorch_model.bin":
+        torch.save(mlm_weights(), source / name)
+    else:
+        save_file({k: v.clone() for k, v in mlm_weights().items()}, source / name)
+    (source / name).write_bytes((source / name).read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{name} (cannot be read|is not loaded: it is damaged)"):
+        run(source, tmp_path / "out")
+
+
+def test_sources_that_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds neither model.*safetensors nor"):
+        run(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="nowhere.pt does not exist"):
+        run(tmp_path / "nowhere.pt", tmp_path / "out")
+    with pytest.raises(ValueError, match="org/name is neither .* nor can it be had from the Hub"):
+        run("org/name", tmp_path / "out")
+    with pytest.raises(ValueError, match="ep0.pt has no config.json: pass one with --config"):
+        run(write_composer(tmp_path / "ep0.pt", mlm_weights()), tmp_path / "out")
+
+
+def test_nothing_is_overwritten_unless_asked_for(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match="is not empty: choose another folder, or pass --overwrite"
+    ):
+        run(GOLDENS / "mosaic_tiny", out)
+    assert [x.name for x in out.iterdir()] == ["notes.txt"]
+    run(GOLDENS / "mosaic_tiny", out, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="is a file"):
+        run(GOLDENS / "mosaic_tiny", out / "notes.txt")
+
+
+def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path):
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out)
+    before = {x.name: x.read_bytes() for x in out.iterdir()}
+    source = write_source(
+        tmp_path / "source", {"bert.x": torch.zeros(1)}, json.loads(MLM.read_text())
+    )
+    with pytest.raises(ValueError, match="no place for"):
+        run(source, out, "--overwrite")
+    assert {x.name: x.read_bytes() for x in out.iterdir()} == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_command_line_prints_errors_without_a_traceback(tmp_path):
+    command = [sys.executable, ROOT / "convert_weights.py", tmp_path / "no.pt", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().endswith("no.pt does not exist")
