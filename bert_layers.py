@@ -15,6 +15,7 @@ are not padding. Parameter names and Wqkv's layout are frozen by published check
 import itertools
 import math
 import os
+import re
 
 import torch
 from torch import Tensor, nn
@@ -153,15 +154,19 @@ def sdpa_varlen(
 
 
 # torch.compile cannot trace a loop over lengths that only the data knows, so there the loop is one
-# operator, without dropout.
-@torch.library.custom_op("mosaic_bert::sdpa_varlen", mutates_args=())
+# operator, without dropout. Its name carries the module's, since a process may load this file from
+# several repositories.
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sdpa_varlen", mutates_args=())
 def sdpa_varlen_op(
     qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
 ) -> Tensor:
     return sdpa_varlen(qkv, cu_seqlens, slopes, positions, 0.0)
 
 
-@torch.library.custom_op("mosaic_bert::sdpa_varlen_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sdpa_varlen_backward", mutates_args=())
 def sdpa_varlen_backward_op(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
 ) -> Tensor:

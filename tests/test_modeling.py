@@ -4,8 +4,13 @@
 Faults of the published code are named where their tests stand.
 """
 
+import importlib
+import sys
+import types
+
 import pytest
 import torch
+from conftest import ROOT
 from reference import alibi_attention, assert_as_close, slopes
 from torch import nn
 
@@ -656,6 +661,21 @@ def test_the_compiled_attention_operator_is_sound():
     batch = pack_batch(torch.zeros(2, 8), torch.tensor([[1] * 8, [1] * 4 + [0] * 4]))
     arguments = (qkv, batch.cu_seqlens, torch.tensor([0.5, 0.25]), None)
     torch.library.opcheck(bert_layers.sdpa_varlen_op, arguments)
+
+
+def test_two_copies_of_the_code_work_side_by_side():
+    """One process may load two repositories; an operator's name belongs to one definition only."""
+    copy = types.ModuleType("another_repository")
+    copy.__path__ = [str(ROOT)]
+    sys.modules["another_repository"] = copy
+    other = importlib.import_module("another_repository.bert_layers")
+    assert other is not bert_layers
+    batch = make_batch(5, 3)
+    for module in (bert_layers, other, bert_layers):
+        model = make(module.BertModel)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        assert torch.equal(compiled(**batch)[0], model(**batch)[0])
 
 
 def test_every_public_name_has_a_docstring():
