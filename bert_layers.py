@@ -235,29 +235,35 @@ KERNEL_LIMITS = {
 }
 
 
-def why_not(backend: str, qkv: Tensor) -> str | None:
-    """The reason why `backend` cannot take `qkv` (total, 3, heads, head_dim), or None if it can."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why `backend` cannot run on such queries, or None if it can."""
     if backend not in KERNEL_LIMITS:
         return None
-    head_dim, (largest, dtypes) = qkv.shape[-1], KERNEL_LIMITS[backend]
+    largest, dtypes = KERNEL_LIMITS[backend]
     if not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        if not qkv.is_cuda:
-            return f"it needs CUDA tensors, got {qkv.device.type}"
-        if (capability := torch.cuda.get_device_capability(qkv.device)) < (8, 0):
+        if device.type != "cuda":
+            return f"it needs CUDA tensors, got {device.type}"
+        if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
             return f"it needs compute capability 8.0, got {capability}"
-    if qkv.dtype not in dtypes:
-        return f"it takes {', '.join(map(str, dtypes))}, got {qkv.dtype}"
+    if dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))}, got {dtype}"
     if head_dim % 8 or head_dim > largest:
         return f"it takes head_dim that is a multiple of 8 up to {largest}, got {head_dim}"
     return None
 
 
-def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False) -> str:
-    """Name of the backend that runs.
+def choose_backend(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    output_attentions: bool = False,
+) -> str:
+    """Name of the backend that runs on queries of this device, dtype and head_dim.
 
-    It is chosen from the tensors at each call, since a model may be moved after it is loaded.
+    It is chosen at each forward pass, since a model may be moved after it is loaded.
 
-    | requested | tensors                                       | backend                |
+    | requested | queries                                       | backend                |
     |-----------|-----------------------------------------------|------------------------|
     | auto      | any, and attentions are to be returned        | eager                  |
     | auto      | on CUDA, Triton is there and can take them    | triton                 |
@@ -269,9 +275,9 @@ def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False)
     if requested == "auto":
         if output_attentions:
             return "eager"
-        if triton_varlen_attention is None or not qkv.is_cuda:
+        if triton_varlen_attention is None or device.type != "cuda":
             return "sdpa"
-        if reason := why_not("triton", qkv):
+        if reason := why_not("triton", device, dtype, head_dim):
             logger.warning_once(f"Attention runs on 'sdpa' instead of 'triton': {reason}")
             return "sdpa"
         return "triton"
@@ -280,7 +286,7 @@ def choose_backend(requested: str, qkv: Tensor, output_attentions: bool = False)
             "output_attentions=True needs attn_implementation='eager' or none at all, "
             f"got {requested!r}, which never holds them"
         )
-    if reason := why_not(requested, qkv):
+    if reason := why_not(requested, device, dtype, head_dim):
         raise ValueError(
             f"attn_implementation={requested!r} cannot run: {reason}. Use 'sdpa', or leave it out"
         )
@@ -354,21 +360,15 @@ class BertSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.heads = config.num_attention_heads
+        self.dropout_p = config.attention_probs_dropout_prob
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
-    def forward(
-        self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, output_attentions: bool
-    ):
-        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or
-        None."""
-        qkv = self.Wqkv(hidden_states).unflatten(-1, (3, self.config.num_attention_heads, -1))
-        attend = ATTENTION_BACKENDS[
-            choose_backend(self.config._attn_implementation, qkv, output_attentions)
-        ]
-        context, probs = attend(
-            qkv, slopes, batch, self.config.attention_probs_dropout_prob if self.training else 0.0
-        )
+    def forward(self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, backend: str):
+        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or None."""
+        qkv = self.Wqkv(hidden_states).unflatten(-1, (3, self.heads, -1))
+        dropout_p = self.dropout_p if self.training else 0.0
+        context, probs = ATTENTION_BACKENDS[backend](qkv, slopes, batch, dropout_p)
         return context.flatten(1), probs
 
 
@@ -395,10 +395,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden_states, slopes, batch, output_attentions, keep=None):
-        """As BertSelfAttention; with `keep` (kept,) int64, the output is computed for these tokens
-        only."""
-        context, probs = self.self(hidden_states, slopes, batch, output_attentions)
+    def forward(self, hidden_states, slopes, batch, backend, keep=None):
+        """As BertSelfAttention's, but -> (kept, dim) if `keep`, (kept,) int64, names tokens."""
+        context, probs = self.self(hidden_states, slopes, batch, backend)
         if keep is not None:
             context, hidden_states = (
                 context.index_select(0, keep),
@@ -433,8 +432,9 @@ class BertLayer(nn.Module):
         self.attention = BertAttention(config)
         self.mlp = BertGatedLinearUnitMLP(config)
 
-    def forward(self, hidden_states, slopes, batch, output_attentions, keep=None):
-        hidden_states, probs = self.attention(hidden_states, slopes, batch, output_attentions, keep)
+    def forward(self, hidden_states, slopes, batch, backend, keep=None):
+        """As BertAttention's."""
+        hidden_states, probs = self.attention(hidden_states, slopes, batch, backend, keep)
         return self.mlp(hidden_states), probs
 
 
@@ -459,14 +459,22 @@ class BertEncoder(nn.Module):
         Returns also the list of hidden states, of the embeddings and of each layer, and the list of
         attention probabilities; each None unless asked for.
         """
-        slopes = torch.tensor(
-            alibi_slopes(self.config.num_attention_heads), device=hidden_states.device
+        heads, device = self.config.num_attention_heads, hidden_states.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
+        backend = choose_backend(
+            self.config._attn_implementation,
+            device,
+            dtype,
+            self.config.hidden_size // heads,
+            output_attentions,
         )
+        slopes = torch.tensor(alibi_slopes(heads), device=device)
         states = [hidden_states] if output_hidden_states else None
         attentions = [] if output_attentions else None
         for i, layer in enumerate(self.layer):
             keep = batch.labelled if i == len(self.layer) - 1 else None
-            inputs = (hidden_states, slopes, batch, output_attentions, keep)
+            inputs = (hidden_states, slopes, batch, backend, keep)
             if self.gradient_checkpointing and self.training:
                 hidden_states, probs = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:

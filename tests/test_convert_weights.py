@@ -54,7 +54,7 @@ def classification_weights():
 
 
 def assert_holds(folder, weights):
-    """The folder's tensors are these, bit for bit, but for the tied decoder, which is not stored."""
+    """The folder's tensors are these, bit for bit; the tied decoder is not stored."""
     saved = load_file(folder / "model.safetensors")
     assert set(saved) == set(weights) - {DECODER}
     assert all(torch.equal(saved[name], weights[name]) for name in saved)

@@ -141,7 +141,8 @@ def test_attention_dropout_is_for_training_only(backend):
     ],
 )
 def test_backend_on_a_cpu(requested, output_attentions, expected):
-    assert choose_backend(requested, torch.zeros(1, 3, 2, 8), output_attentions) == expected
+    queries = (torch.device("cpu"), torch.float32, 64)
+    assert choose_backend(requested, *queries, output_attentions) == expected
 
 
 def test_a_backend_that_returns_no_attentions_says_so():
@@ -170,7 +171,7 @@ def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
         return alibi_attention(qkv, cu_seqlens, alibi_slopes).to(qkv.dtype)
 
     monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", kernel)
-    monkeypatch.setattr(bert_layers, "why_not", lambda backend, qkv: None)
+    monkeypatch.setattr(bert_layers, "why_not", lambda *queries: None)
     model, batch = make(BertModel, "flash_attention_2"), make_batch(5, 3)
     with torch.no_grad():
         close(model(**batch).last_hidden_state, make(BertModel)(**batch).last_hidden_state)
