@@ -9,7 +9,7 @@ TRANSFORMERS ?= 5.23.0
 VENV := .venv-$(TRANSFORMERS)
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(TRANSFORMERS).txt
-DEMO_DIR ?= demo-model
+DEMO_DIR ?= runs/demo
 DEMO_FLAGS ?=
 DEMO_FACTOR ?= 4
 
@@ -29,7 +29,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv-* $(DEMO_DIR)
+	rm -rf .venv-* runs
 
 $(VENV)/ready: requirements.txt tests/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

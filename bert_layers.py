@@ -365,7 +365,7 @@ class BertSelfAttention(nn.Module):
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, slopes: Tensor, batch: PackedBatch, backend: str):
-        """(total, dim) -> (total, dim), and probabilities (batch, heads, seqlen, seqlen) or None."""
+        """(total, dim) -> (total, dim), and weights (batch, heads, seqlen, seqlen) or None."""
         qkv = self.Wqkv(hidden_states).unflatten(-1, (3, self.heads, -1))
         dropout_p = self.dropout_p if self.training else 0.0
         context, probs = ATTENTION_BACKENDS[backend](qkv, slopes, batch, dropout_p)

@@ -27,7 +27,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast
+from transformers import AutoConfig
+
+from publishing import load_tokenizer, make_tokenizer_portable, write_card
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,11 +48,6 @@ HEADS = {
     "cls.": "AutoModelForMaskedLM",
     "classifier.": "AutoModelForSequenceClassification",
     "": "AutoModel",
-}
-PIPELINES = {
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModel": "feature-extraction",
 }
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
 # What a source's config says of its own code.
@@ -95,26 +92,38 @@ def convert(
     """
     path = fetch(source)
     layout, tensors = to_ours(read_tensors(path))
-    tokenizer = load_tokenizer(tokenizer_name or find_tokenizer(path))
+    tokenizer_name = tokenizer_name or find_tokenizer(path)
+    tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
     config = make_config(read_config(config_file or path), tensors, tokenizer)
-    auto_class = next(
-        name for prefix, name in HEADS.items() if any(x.startswith(prefix) for x in tensors)
-    )
+    auto_class = next(name for prefix, name in HEADS.items() if has(tensors, prefix))
     model = make_model(auto_class, config, tensors)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
 
     model.save_pretrained(folder)
     if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
-    absent = [
-        part for prefix, part in PARTS.items() if not any(x.startswith(prefix) for x in tensors)
-    ]
-    (folder / "README.md").write_text(
-        model_card(source, layout, auto_class, config, absent, tokenizer is not None)
-    )
+        tokenizer.save_pretrained(folder)
+        make_tokenizer_portable(folder)
+    absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
+    facts = {
+        "converted from": f"{source} ({layout} layout)",
+        "not in the source": absent,
+        "layers, hidden size, heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
+        f"{config.num_attention_heads}",
+        "vocabulary": config.vocab_size,
+        "prepared for": f"{config.alibi_starting_size} tokens; longer input works",
+    }
+    summary = "A MosaicBERT encoder: BERT with ALiBi, gated MLPs and no padding inside."
+    base_model = None if Path(source).exists() else source
+    name = Path(source).name
+    write_card(folder, name, auto_class, summary, facts, base_model, tokenizer is not None)
     print(f"{source}: {layout} layout, {len(tensors)} tensors, loads with {auto_class}")
-    print(f"Not in the source: {', '.join(absent)}")
+    print(f"Not in the source: {absent}")
+
+
+def has(tensors: dict[str, Tensor], prefix: str) -> bool:
+    """Whether some name begins with the prefix."""
+    return any(name.startswith(prefix) for name in tensors)
 
 
 # ---- reading ----
@@ -283,78 +292,13 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
     return model
 
 
-# ---- tokenizer, card, folder ----
+# ---- files ----
 
 
 def find_tokenizer(path: Path) -> Path | None:
+    """The source's folder, if it holds a tokenizer."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
     return path if path.is_dir() and any((path / name).exists() for name in files) else None
-
-
-def load_tokenizer(name: str | Path | None):
-    """A tokenizer from the Hub, a folder, or a bare vocab.txt (or a folder with nothing else); None
-    for None."""
-    if name is None:
-        return None
-    path = Path(name)
-    vocab = path / "vocab.txt" if path.is_dir() else path
-    if (
-        not vocab.is_file()
-        or (path / "tokenizer_config.json").exists()
-        or (path / "tokenizer.json").exists()
-    ):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    entries = vocab.read_text(encoding="utf-8").split("\n")
-    cased = any(x != x.lower() for x in entries if not x.startswith("["))
-    return BertTokenizerFast(str(vocab), do_lower_case=not cased)
-
-
-def save_tokenizer(tokenizer, folder: Path):
-    """Saves a tokenizer so that transformers 4 and 5 load it and both return token_type_ids."""
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    # transformers 5 writes a class that 4 does not have, and no input names, without which 5.0
-    # omits token_type_ids.
-    settings["tokenizer_class"] = (
-        "BertTokenizer" if isinstance(tokenizer, BertTokenizerFast) else "PreTrainedTokenizerFast"
-    )
-    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def model_card(source, layout, auto_class, config, absent, has_tokenizer) -> str:
-    """README.md of the folder."""
-    base = f"base_model: {source}\n" if not Path(source).exists() else ""
-    tokenizer = "ORG/NAME" if has_tokenizer else "bert-base-uncased"
-    return f"""---
-library_name: transformers
-pipeline_tag: {PIPELINES[auto_class]}
-tags: [mosaic-bert, alibi, custom_code]
-{base}---
-
-# {Path(source).name}
-
-A MosaicBERT model: BERT with ALiBi instead of position embeddings, gated MLPs and no padding
-inside. Converted from `{source}` ({layout} layout). Not in the source: {
-        ", ".join(absent) or "nothing"
-    }.
-
-| layers | hidden size | heads | vocabulary | prepared for |
-|---|---|---|---|---|
-| {config.num_hidden_layers} | {config.hidden_size} | {config.num_attention_heads} | {
-        config.vocab_size
-    } | \
-{config.alibi_starting_size} tokens; longer input works |
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{tokenizer}", trust_remote_code=True)
-model = {auto_class}.from_pretrained("ORG/NAME", trust_remote_code=True)
-outputs = model(**tokenizer(["A sentence."], return_tensors="pt"))
-```
-"""
 
 
 @contextmanager
