@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""English text that every CPython carries, to train on without a download.
+
+A document is a topic of Python's language reference, or all docstrings of a module of the standard
+library. A twentieth of the documents is held out, always the same ones for a given Python.
+"""
+
+import ast
+import re
+import sysconfig
+import zlib
+from pathlib import Path
+from pydoc_data.topics import topics
+
+# Not part of every installation, or one sentence repeated for each codec.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def embedded_passages() -> tuple[list[str], list[str]]:
+    """(training, held-out) passages. No text occurs twice, no document is on both sides."""
+    train, validation, seen = [], [], set()
+    documents = {name: [topics[name]] for name in sorted(topics)} | module_docstrings()
+    for name, texts in documents.items():
+        new = [text for text in texts if not (text in seen or seen.add(text))]
+        (validation if held_out(name, 5) else train).extend(passages(" ".join(new)))
+    return train, validation
+
+
+def held_out(key: str, percent: float) -> bool:
+    """Whether the document of this key is among the per cent that training never sees."""
+    return zlib.crc32(key.encode()) < percent / 100 * 2**32
+
+
+def module_docstrings() -> dict[str, list[str]]:
+    """Docstrings by file. Sources are parsed, not imported: some modules act when imported."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not LEFT_OUT.intersection(name.parts):
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, DOCUMENTED))
+            found[name.as_posix()] = [text for text in texts if text]
+    return found
+
+
+def passages(text: str, length: int = 72) -> list[str]:
+    """The text in pieces of `length` words, about 128 tokens, without rules such as =====."""
+    words = re.sub(r"([^\w\s])\1{2,}", " ", text).split()
+    return [" ".join(words[i : i + length]) for i in range(0, len(words), length)]
