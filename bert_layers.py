@@ -120,8 +120,9 @@ def sdpa_varlen(
 ) -> Tensor:
     """torch's scaled_dot_product_attention, one call for each run of sequences of equal length.
 
-    The bias takes O(seqlen) memory. Sequences with gaps in their positions are the exception:
-    theirs is (heads, seqlen, seqlen), for one sequence at a time.
+    The bias takes O(seqlen) memory, and torch's CPU kernel no more. Two exceptions hold (heads,
+    seqlen, seqlen): the bias of a sequence with gaps in its positions, and, with dropout, which
+    that kernel lacks, the probabilities.
     """
     lengths = cu_seqlens.diff().tolist()
     if not lengths:
@@ -154,44 +155,67 @@ def sdpa_varlen(
 
 
 # torch.compile cannot trace a loop over lengths that only the data knows, so there the loop is one
-# operator, without dropout. Its name carries the module's, since a process may load this file from
-# several repositories.
+# operator. Its name carries the module's, since a process may load this file from several
+# repositories.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sdpa_varlen", mutates_args=())
 def sdpa_varlen_op(
-    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    slopes: Tensor,
+    positions: Tensor | None,
+    dropout_p: float,
+    seed: Tensor,
 ) -> Tensor:
-    return sdpa_varlen(qkv, cu_seqlens, slopes, positions, 0.0)
+    """`sdpa_varlen` as a pure function of `seed`, (1,) int64, which dropout is drawn from."""
+    with torch.random.fork_rng([qkv.device] if qkv.is_cuda else []):
+        torch.manual_seed(seed.item())
+        return sdpa_varlen(qkv, cu_seqlens, slopes, positions, dropout_p)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sdpa_varlen_backward", mutates_args=())
 def sdpa_varlen_backward_op(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None
+    grad: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    slopes: Tensor,
+    positions: Tensor | None,
+    dropout_p: float,
+    seed: Tensor,
 ) -> Tensor:
-    _, vjp = torch.func.vjp(lambda x: sdpa_varlen(x, cu_seqlens, slopes, positions, 0.0), qkv)
-    return vjp(grad)[0].contiguous()
+    """Gradient of `sdpa_varlen_op` in qkv, which runs forward again."""
+    with torch.random.fork_rng([qkv.device] if qkv.is_cuda else []):
+        torch.manual_seed(seed.item())
+        _, vjp = torch.func.vjp(
+            lambda x: sdpa_varlen(x, cu_seqlens, slopes, positions, dropout_p), qkv
+        )
+        return vjp(grad)[0].contiguous()
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
 
 
 def _sdpa_varlen_gradient(ctx, grad):
-    return sdpa_varlen_backward_op(grad, *ctx.saved_tensors), None, None, None
+    *tensors, seed = ctx.saved_tensors
+    gradient = sdpa_varlen_backward_op(grad, *tensors, ctx.dropout_p, seed)
+    return gradient, None, None, None, None, None
 
 
 sdpa_varlen_op.register_fake(lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape))
 sdpa_varlen_backward_op.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
-sdpa_varlen_op.register_autograd(_sdpa_varlen_gradient, setup_context=_save_for_backward)
+sdpa_varlen_op.register_autograd(_sdpa_varlen_gradient, setup_context=_save_inputs)
 
 
 def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """`sdpa_varlen`; torch.compile sees one operator, or, with dropout, breaks the graph."""
-    if torch.compiler.is_compiling() and not dropout_p:
-        return sdpa_varlen_op(qkv, batch.cu_seqlens, slopes, batch.positions), None
-    return sdpa_varlen(qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p), None
+    """`sdpa_varlen`, which torch.compile sees as one operator."""
+    arguments = (qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p)
+    if torch.compiler.is_compiling():
+        return sdpa_varlen_op(*arguments, torch.randint(2**62, (1,))), None
+    return sdpa_varlen(*arguments), None
 
 
 def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
@@ -547,6 +571,7 @@ class BertPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         if not isinstance(config, MosaicBertConfig):
             config = MosaicBertConfig.from_stock(config)
+        config.check()
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module):
@@ -694,6 +719,55 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
     return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
 
 
+def classifier_dropout(config) -> nn.Dropout:
+    """Dropout before a classifier: `classifier_dropout`, or `hidden_dropout_prob` if that is
+    None."""
+    p = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if p is None else p)
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Loss of `BertForSequenceClassification`, in float32.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,), or (batch, num_labels) for several labels or values.
+        problem_type: None for regression where num_labels is 1, several labels where they are float
+            or bool, one label otherwise.
+    """
+    batch, num_labels = logits.shape
+    if problem_type is None:
+        several = labels.is_floating_point() or labels.dtype == torch.bool
+        problem_type = "multi_label_classification" if several else "single_label_classification"
+        problem_type = "regression" if num_labels == 1 else problem_type
+    if problem_type == "single_label_classification":
+        check_shape("labels", labels, (batch,), (batch, 1))
+        return cross_entropy(logits, labels.flatten())
+    losses = {
+        "regression": F.mse_loss,
+        "multi_label_classification": F.binary_cross_entropy_with_logits,
+    }
+    if problem_type not in losses:
+        known = ", ".join(["single_label_classification", *losses])
+        raise ValueError(f"problem_type is {problem_type!r}, expected None or one of {known}")
+    if num_labels == 1:
+        check_shape("labels", labels, (batch,), (batch, 1))
+        labels = labels.reshape(batch, 1)
+    check_shape("labels", labels, (batch, num_labels))
+    return losses[problem_type](logits.float(), labels.float())
+
+
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of (batch, seqlen) logits against (batch,) positions; a position outside the
+    row has no loss."""
+    batch, seqlen = logits.shape
+    check_shape("start_positions and end_positions", positions, (batch,), (batch, 1))
+    positions = positions.flatten()
+    return cross_entropy(
+        logits, positions.masked_fill((positions < 0) | (positions >= seqlen), -100)
+    )
+
+
 class BertForMaskedLM(BertPreTrainedModel):
     """Masked language modelling, with the decoder tied to the word embeddings."""
 
@@ -736,9 +810,11 @@ class BertForMaskedLM(BertPreTrainedModel):
 
         Returns:
             MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding.
-                In training with labels
-            and `config.sparse_prediction`, logits are those of the labelled tokens only, (labelled,
-            vocab) in row-major order, unless hidden states are asked for.
+            In training with labels and `config.sparse_prediction`, logits are those of the labelled
+            tokens only, (labelled, vocab) in row-major order, unless hidden states are asked for.
+
+        Raises:
+            ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
         """
         tokens = exactly_one(input_ids, inputs_embeds)
         check_shape("labels", labels, tokens.shape[:2])
@@ -768,7 +844,10 @@ class BertForMaskedLM(BertPreTrainedModel):
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
-    """Classification or regression of whole rows from the pooled first token."""
+    """Classification or regression of whole rows from the pooled first token.
+
+    A row that packs several sequences is judged by its first.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -800,6 +879,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
         Returns:
             SequenceClassifierOutput: loss; logits (batch, num_labels).
+
+        Raises:
+            ValueError: labels of the wrong shape, an unknown problem_type, and what
+                `BertModel.forward` refuses.
         """
         outputs = self.bert(
             input_ids,
@@ -816,34 +899,6 @@ class BertForSequenceClassification(BertPreTrainedModel):
             loss = sequence_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return self._finish(output, return_dict)
-
-
-def classifier_dropout(config) -> nn.Dropout:
-    """Dropout before a classifier: `classifier_dropout`, or `hidden_dropout_prob` if that is
-    None."""
-    p = config.classifier_dropout
-    return nn.Dropout(config.hidden_dropout_prob if p is None else p)
-
-
-def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Loss of `BertForSequenceClassification`, in float32; logits (batch, num_labels), labels as
-    documented there."""
-    batch, num_labels = logits.shape
-    if problem_type is None and num_labels == 1:
-        problem_type = "regression"
-    elif problem_type is None:
-        problem_type = (
-            "multi" if labels.is_floating_point() else "single"
-        ) + "_label_classification"
-    if problem_type == "single_label_classification":
-        check_shape("labels", labels, (batch,), (batch, 1))
-        return cross_entropy(logits, labels.flatten())
-    if num_labels == 1:
-        check_shape("labels", labels, (batch,), (batch, 1))
-        labels = labels.reshape(batch, 1)
-    check_shape("labels", labels, (batch, num_labels))
-    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits.float(), labels.float())
 
 
 class BertForTokenClassification(BertPreTrainedModel):
@@ -875,7 +930,10 @@ class BertForTokenClassification(BertPreTrainedModel):
             The others are as in `BertModel.forward`.
 
         Returns:
-            TokenClassifierOutput: loss; logits (batch, seqlen, num_labels).
+            TokenClassifierOutput: loss; logits (batch, seqlen, num_labels), constant at padding.
+
+        Raises:
+            ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
         """
         outputs = self.bert(
             input_ids,
@@ -924,8 +982,11 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             The others are as in `BertModel.forward`.
 
         Returns:
-            QuestionAnsweringModelOutput: loss, the mean of both; start_logits, end_logits (batch,
-                seqlen).
+            QuestionAnsweringModelOutput: loss, the mean of both; start_logits and end_logits
+            (batch, seqlen), constant at padding.
+
+        Raises:
+            ValueError: one without the other, wrong shapes, and what `BertModel.forward` refuses.
         """
         outputs = self.bert(
             input_ids,
@@ -949,17 +1010,6 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions
         )
         return self._finish(output, return_dict)
-
-
-def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy of (batch, seqlen) logits against (batch,) positions; a position outside the
-    row has no loss."""
-    batch, seqlen = logits.shape
-    check_shape("start_positions and end_positions", positions, (batch,), (batch, 1))
-    positions = positions.flatten()
-    return cross_entropy(
-        logits, positions.masked_fill((positions < 0) | (positions >= seqlen), -100)
-    )
 
 
 class BertForMultipleChoice(BertPreTrainedModel):
@@ -992,8 +1042,10 @@ class BertForMultipleChoice(BertPreTrainedModel):
 
         Returns:
             MultipleChoiceModelOutput: loss; logits (batch, choices). Hidden states and attentions
-                are those of the
-            batch * choices rows.
+            are those of the batch * choices rows.
+
+        Raises:
+            ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.dim() < 3:

@@ -74,17 +74,19 @@ def pack_batch(
         attention_mask: (batch, seqlen) bool, int or float, 1 for real tokens and 0 for padding,
             zeros anywhere.
         position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances
-            are taken from them, and each 0 begins a new sequence.
+            are taken from them, and each 0 begins a new sequence, also where the mask hides it.
         labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled` is found too.
 
     Raises:
-        ValueError: a shape does not fit, the mask holds other values than 0 and 1 (checked on the
-            CPU), or position_ids do not increase.
+        ValueError: a shape does not fit, there are no columns, the mask holds other values than 0
+            and 1, or position_ids do not increase.
     """
     batch, seqlen = tokens.shape[:2]
     check_shape("attention_mask", attention_mask, (batch, seqlen))
     check_shape("position_ids", position_ids, (batch, seqlen), (1, seqlen))
     check_shape("labels", labels, (batch, seqlen))
+    if seqlen == 0:
+        raise ValueError(f"the batch has no tokens: its shape is {tuple(tokens.shape)}")
     if attention_mask is None and position_ids is None and labels is None:
         cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=tokens.device)
         return PackedBatch(batch, seqlen, None, cu_seqlens, seqlen)
@@ -103,16 +105,22 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     batch, seqlen = tokens.shape[:2]
     if attention_mask is None:
         attention_mask = torch.ones(batch, seqlen, dtype=torch.bool, device=tokens.device)
-    elif attention_mask.is_cpu and ((attention_mask != 0) & (attention_mask != 1)).any():
-        strange = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
-        raise ValueError(f"attention_mask holds {strange}, expected 1 for tokens, 0 for padding")
+    elif (strange := attention_mask[(attention_mask != 0) & (attention_mask != 1)]).numel():
+        raise ValueError(
+            f"attention_mask holds {strange[0].item()}, expected 1 for tokens and 0 for padding"
+        )
     indices = attention_mask.flatten().nonzero().squeeze(1)
     total = indices.numel()
-    row, column = indices // seqlen, indices % seqlen
-    ids = column if position_ids is None else position_ids.expand(batch, seqlen).flatten()[indices]
+    ids = indices % seqlen
+    # What must be equal within a sequence: the row, and how many zeros of position_ids came before.
+    row = segment = indices // seqlen
+    if position_ids is not None:
+        position_ids = position_ids.expand(batch, seqlen)
+        ids = position_ids.flatten()[indices]
+        segment = (position_ids == 0).cumsum(1).flatten()[indices]
 
     starts = torch.ones(total, dtype=torch.bool, device=tokens.device)
-    starts[1:] = (row[1:] != row[:-1]) | (ids[1:] == 0)
+    starts[1:] = (row[1:] != row[:-1]) | (segment[1:] != segment[:-1])
     if position_ids is not None and not (starts[1:] | (ids[1:] > ids[:-1])).all():
         raise ValueError("position_ids must increase within a sequence; a 0 begins a new one")
 

@@ -15,21 +15,20 @@ class MosaicBertConfig(StockBertConfig):
     Args:
         alibi_starting_size: longest input, in tokens, that the checkpoint is prepared for. It
             allocates nothing and limits nothing: ALiBi reads longer inputs as they are. Tools that
-            need a number to cut text at take it from `max_position_embeddings`, which equals it
-            unless given; the model itself has no position embeddings.
+            need a number to cut text at take it from `max_position_embeddings`, which is raised to
+            it; the model itself has no position embeddings.
         attention_probs_dropout_prob: dropout on attention probabilities, 0 in MosaicBERT's recipe.
         low_precision_layernorm: under autocast, LayerNorm takes and returns autocast's dtype.
             Without it autocast runs LayerNorm in float32. It changes nothing outside autocast.
         sparse_prediction: in training, `BertForMaskedLM` computes the end of the last layer and the
             logits for labelled tokens only; its `logits` are then (labelled, vocab) instead of
-            (batch, seqlen, vocab).
+            (batch, seqlen, vocab). Asking for hidden states turns it off for that call.
         **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM
             head; the gated MLP always uses the exact GELU. `position_embedding_type` is accepted,
             since published files carry it, and unused.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_attention_heads`, or
-            `alibi_starting_size` is below 1.
+        ValueError: sizes that no model can have; see `check`.
     """
 
     model_type = "mosaic_bert"
@@ -44,20 +43,35 @@ class MosaicBertConfig(StockBertConfig):
     ):
         kwargs.setdefault("max_position_embeddings", alibi_starting_size)
         super().__init__(attention_probs_dropout_prob=attention_probs_dropout_prob, **kwargs)
-        if alibi_starting_size < 1:
-            raise ValueError(f"alibi_starting_size must be at least 1, got {alibi_starting_size}")
+        self.alibi_starting_size = alibi_starting_size
+        self.low_precision_layernorm = low_precision_layernorm
+        self.sparse_prediction = sparse_prediction
+        self.check()
+
+    def check(self):
+        """Refuses what no model can be built from, and raises max_position_embeddings.
+
+        Models call it too, since fields may be set after the configuration is made.
+
+        Raises:
+            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads, or
+                untied embeddings.
+        """
+        for name in ("alibi_starting_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
-        self.alibi_starting_size = alibi_starting_size
-        self.low_precision_layernorm = low_precision_layernorm
-        self.sparse_prediction = sparse_prediction
+        if not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be True: MosaicBERT ties its decoder")
+        self.max_position_embeddings = max(self.max_position_embeddings, self.alibi_starting_size)
 
     @classmethod
     def from_stock(cls, config):
-        """The same configuration, attention backend included, from a stock BertConfig."""
+        """The same fields, attention backend included, from a `transformers.BertConfig`."""
         values = config.to_dict()
         for name in ("model_type", "transformers_version"):
             values.pop(name, None)

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +51,23 @@ HEADS = {
     "": "AutoModel",
 }
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
-# What a source's config says of its own code.
-FOREIGN = {"architectures", "auto_map", "model_type", "transformers_version"}
+# What a source's config says of its own code, and what means nothing here.
+FOREIGN = {"architectures", "auto_map", "model_type", "transformers_version", "tie_word_embeddings"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
+FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
+# Names that belong to a kin, and why it is refused.
+KIN = {
+    "layer_norm_q": "a BERT with QK norm (jina-embeddings-v2-base-code), another architecture",
+    "attention.self.query": "separate query, key and value (jina-embeddings-v2 or a stock BERT), "
+    "which this version does not read",
+}
 DECODER, EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
 def main(argv=None):
     args = parse_args(argv)
     with new_folder(args.output_dir, args.overwrite) as folder:
-        convert(args.source, folder, args.config, args.tokenizer, args.dtype)
+        convert(args.source, folder, args.config, args.tokenizer, args.dtype, args.output_dir.name)
     print(f"Wrote {args.output_dir}")
 
 
@@ -77,15 +85,22 @@ def parse_args(argv=None):
         "--dtype", choices=("float32", "float16", "bfloat16"), help="the source's if not given"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of the same name in output_dir"
+        "--overwrite",
+        action="store_true",
+        help="replace the model and the tokenizer that output_dir holds",
     )
     return parser.parse_args(argv)
 
 
 def convert(
-    source: str, folder: Path, config_file=None, tokenizer_name=None, dtype: str | None = None
+    source: str,
+    folder: Path,
+    config_file: Path | None = None,
+    tokenizer_name: str | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
 ):
-    """Writes `folder` from `source`; the arguments are the command line's.
+    """Writes `folder` from `source`, for a model called `name`; the others are the command line's.
 
     Raises:
         ValueError: the source cannot be read, or its tensors and its config do not fit each other.
@@ -95,7 +110,7 @@ def convert(
     tokenizer_name = tokenizer_name or find_tokenizer(path)
     tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
     config = make_config(read_config(config_file or path), tensors, tokenizer)
-    auto_class = next(name for prefix, name in HEADS.items() if has(tensors, prefix))
+    auto_class = next(x for prefix, x in HEADS.items() if has(tensors, prefix))
     model = make_model(auto_class, config, tensors)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
@@ -103,10 +118,10 @@ def convert(
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        make_tokenizer_portable(folder)
+        make_tokenizer_portable(folder, config.alibi_starting_size)
     absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
     facts = {
-        "converted from": f"{source} ({layout} layout)",
+        "converted from": f"{Path(source).name if Path(source).exists() else source} ({layout})",
         "not in the source": absent,
         "layers, hidden size, heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
         f"{config.num_attention_heads}",
@@ -115,7 +130,7 @@ def convert(
     }
     summary = "A MosaicBERT encoder: BERT with ALiBi, gated MLPs and no padding inside."
     base_model = None if Path(source).exists() else source
-    name = Path(source).name
+    name = name or Path(source).name
     write_card(folder, name, auto_class, summary, facts, base_model, tokenizer is not None)
     print(f"{source}: {layout} layout, {len(tensors)} tensors, loads with {auto_class}")
     print(f"Not in the source: {absent}")
@@ -136,9 +151,8 @@ def fetch(source: str) -> Path:
     if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".pt"):
         raise ValueError(f"{source} does not exist")
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
-        )
+        wanted = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:
         raise ValueError(
             f"{source} is neither a file or folder here nor can it be had from the Hub: {error}"
@@ -148,22 +162,34 @@ def fetch(source: str) -> Path:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint file or of a folder's checkpoint files, by the names they have
     there."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"{path} holds neither model*.safetensors nor pytorch_model*.bin")
+    files = checkpoint_files(path) if path.is_dir() else [path]
     tensors = {}
     for file in files:
         try:
             tensors.update(load_file(file) if file.suffix == ".safetensors" else read_pickle(file))
         except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{file} is not loaded: it is damaged, or unpickling it would run code. {error}"
-            ) from error
+            # torch's own text goes on to recommend the unsafe way.
+            found = re.search(r"Unsupported (global: GLOBAL|class|operand) \S+", str(error))
+            if found:
+                raise ValueError(
+                    f"{file} is not loaded, since unpickling can run code: {found[0]}"
+                ) from None
+            raise ValueError(f"{file} cannot be read, is it complete?") from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             raise ValueError(f"{file} cannot be read, is it complete? {error}") from error
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors")
     return tensors
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The folder's checkpoint, safetensors first, whole or in shards as its index lists them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            return [folder / x for x in sorted(set(read_json(index)["weight_map"].values()))]
+    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -192,15 +218,25 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def read_config(path: Path) -> dict:
     """config.json as a dict, from the file itself or the folder that holds it."""
     file = path / "config.json" if path.is_dir() else path
-    if file.suffix != ".json" or not file.exists():
+    if file.suffix != ".json":
         raise ValueError(
             f"{path} has no config.json: pass one with --config (the one beside this script "
             "describes MosaicBERT-Base)"
         )
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object. ValueError: the file is missing or holds something else."""
+    if not file.exists():
+        raise ValueError(f"{file} does not exist")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object")
+    return found
 
 
 # ---- converting ----
@@ -211,7 +247,7 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     layout = max(LAYOUTS, key=lambda x: sum(name.startswith(tuple(LAYOUTS[x])) for name in tensors))
     if strange := [name for name in tensors if not name.startswith(tuple(LAYOUTS[layout]))]:
         raise ValueError(
-            f"no place for these tensors of the source ({layout} layout): {', '.join(strange)}"
+            f"no place for these tensors of the source ({layout} layout): {listed(strange)}"
         )
     return layout, rename(tensors, LAYOUTS[layout])
 
@@ -239,19 +275,31 @@ def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
     )
     if tokenizer is not None:
         values["pad_token_id"] = tokenizer.pad_token_id
-    # The only published config without it is DNABERT-2's, whose tokenizer has [PAD] there.
-    values.setdefault("pad_token_id", 3)
-    if "classifier.weight" in tensors and len(values.get("id2label", ())) != len(
-        tensors["classifier.weight"]
-    ):
-        values["num_labels"] = len(tensors["classifier.weight"])
-    config = type(ours)(**values, auto_map=ours.auto_map)
+    # DNABERT-2's config names neither; its tokenizer has [PAD] there.
+    values.setdefault("pad_token_id", 0 if "model_type" in source else 3)
+    if "classifier.weight" in tensors:
+        num_labels, names = len(tensors["classifier.weight"]), values.get("id2label")
+        if names is not None and len(names) != num_labels:
+            raise ValueError(
+                f"the config names {len(names)} labels, the classifier has {num_labels}"
+            )
+        values["num_labels"] = num_labels
+    try:
+        config = type(ours)(**values, auto_map=ours.auto_map)
+    except Exception as error:
+        raise ValueError(f"the source's config is not MosaicBERT's: {error}") from error
+    # Where from_config finds the code.
     config.name_or_path = ours.name_or_path
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}"
         )
     return config
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The names, or the first of them and how many there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
@@ -280,10 +328,11 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
             if x in expected and expected[x] != y.shape
         ],
     }
+    for mark, reason in KIN.items():
+        if any(mark in name for name in problems["no place for"]):
+            raise ValueError(f"the source is no MosaicBERT: its names tell of {reason}")
     if any(problems.values()):
-        found = "; ".join(
-            f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names
-        )
+        found = "; ".join(f"{x}: {listed(names)}" for x, names in problems.items() if names)
         raise ValueError(f"the source does not fit {type(model).__name__}: {found}")
     model.load_state_dict(
         {name.removeprefix(prefix): x for name, x in tensors.items()}, assign=True
@@ -317,6 +366,10 @@ def new_folder(path: Path, overwrite: bool):
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         yield Path(temporary)
         path.mkdir(exist_ok=True)
+        # What a former conversion left would be loaded beside the new files, or instead of them.
+        for pattern in ("*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt"):
+            for stale in path.glob(pattern):
+                stale.unlink()
         for file in Path(temporary).iterdir():
             os.replace(file, path / file.name)
 
@@ -324,5 +377,5 @@ def new_folder(path: Path, overwrite: bool):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"convert_weights.py: {error}") from None

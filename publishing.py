@@ -27,16 +27,29 @@ CARD = """\
 {summary}
 
 ```python
-from transformers import pipeline
-
-# This folder, or its name on the Hub.
-pipe = pipeline("{task}", model=".", {tokenizer}trust_remote_code=True)
-print(pipe({text}))
-```
+{example}```
 
 | | |
 |---|---|
 {table}
+"""
+
+
+EXAMPLE = """\
+from transformers import pipeline
+
+# This folder, or its name on the Hub.
+pipe = pipeline("{task}", model=".", trust_remote_code=True)
+print(pipe({text}))
+"""
+
+EXAMPLE_WITHOUT_TOKENIZER = """\
+import torch
+from transformers import {auto_class}
+
+# This folder, or its name on the Hub. The tokenizer is the one that the weights were trained with.
+model = {auto_class}.from_pretrained(".", trust_remote_code=True)
+print(model(torch.tensor([[1, 2, 3]]))[0].shape)
 """
 
 
@@ -48,13 +61,18 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
         lowercase: for a vocab.txt; None: unless one of its entries has a capital.
 
     Raises:
-        ValueError: a vocab.txt lacks one of BERT's special tokens.
+        ValueError: there is none, or it brings code of its own; a vocab.txt lacks one of BERT's
+            special tokens.
     """
     path = Path(name)
     vocab = path / "vocab.txt" if path.is_dir() else path
     has_more = (path / "tokenizer_config.json").exists() or (path / "tokenizer.json").exists()
     if has_more or not vocab.is_file():
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+        try:
+            # Never the source's own code, which nobody was asked to trust.
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"no tokenizer can be loaded from {name}: {error}") from error
     entries = vocab.read_text(encoding="utf-8").splitlines()
     if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
         raise ValueError(f"{vocab} lacks {', '.join(missing)}: give a BERT vocabulary")
@@ -63,15 +81,19 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
     return BertTokenizerFast(str(vocab), do_lower_case=lowercase)
 
 
-def make_tokenizer_portable(folder: str | Path):
+def make_tokenizer_portable(folder: str | Path, max_length: int):
     """Lets transformers 4 and 5 load a saved tokenizer alike, both with token_type_ids.
 
     transformers 5 writes a class that 4 does not have, and 5.0 omits token types unless asked.
+
+    Args:
+        max_length: where `truncation=True` cuts, in tokens.
     """
     file = Path(folder, "tokenizer_config.json")
     settings = json.loads(file.read_text())
     is_bert = settings["tokenizer_class"].startswith("BertTokenizer")
     settings["tokenizer_class"] = "BertTokenizer" if is_bert else "PreTrainedTokenizerFast"
+    settings["model_max_length"] = max_length
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -90,7 +112,7 @@ def write_card(
     Args:
         auto_class: how the model is loaded, one of TASKS.
         base_model: Hub id that the weights come from.
-        has_tokenizer: whether the folder holds one; the example names BERT's otherwise.
+        has_tokenizer: whether the folder holds one.
     """
     task = TASKS[auto_class]
     metadata = ModelCardData(
@@ -103,9 +125,9 @@ def write_card(
         metadata=metadata.to_yaml(),
         name=name,
         summary=summary,
-        task=task,
-        tokenizer="" if has_tokenizer else 'tokenizer="bert-base-uncased", ',
-        text=EXAMPLE_INPUTS.get(task, '"A sentence."'),
+        example=(EXAMPLE if has_tokenizer else EXAMPLE_WITHOUT_TOKENIZER).format(
+            task=task, auto_class=auto_class, text=EXAMPLE_INPUTS.get(task, '"A sentence."')
+        ),
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
     Path(folder, "README.md").write_text(card, encoding="utf-8")

@@ -452,7 +452,8 @@ class MlmTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            make_tokenizer_portable(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            make_tokenizer_portable(folder, self.model.config.alibi_starting_size)
 
 
 def most_likely_tokens(logits, labels):

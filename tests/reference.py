@@ -11,8 +11,7 @@ import torch
 
 
 def slopes(heads):
-    """ALiBi's slopes as FACTS of the paper state them for 4, 6, 8 and 12 heads, written out by
-    hand."""
+    """ALiBi's slopes for 4, 6, 8 and 12 heads, written out by hand."""
     eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
     return {
         4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],

@@ -133,6 +133,47 @@ def test_dnabert_2_gets_the_pad_id_that_its_config_lacks(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 3
 
 
+def test_another_config_without_pad_id_gets_0(tmp_path):
+    config = json.loads(MLM.read_text())
+    del config["pad_token_id"]
+    run(write_source(tmp_path / "source", mlm_weights(), config), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 0
+
+
+def test_a_tied_decoder_is_written_as_tied_whatever_the_config_says(tmp_path):
+    """Else the folder would load with a random decoder."""
+    config = json.loads(MLM.read_text()) | {"tie_word_embeddings": False}
+    run(write_source(tmp_path / "source", mlm_weights(), config), tmp_path / "out")
+    model = load("AutoModelForMaskedLM", tmp_path / "out")
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+
+
+def test_only_the_checkpoint_itself_is_read(tmp_path):
+    """Averaged or half-precision copies beside it are other models."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(MLM, source)
+    weights = {name: x.clone() for name, x in mlm_weights().items()}
+    save_file(weights, source / "model.safetensors")
+    save_file(
+        {k: torch.zeros_like(x) for k, x in weights.items()}, source / "model_ema.safetensors"
+    )
+    run(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+
+
+def test_shards_are_joined_by_their_index(tmp_path):
+    source, weights = tmp_path / "source", mlm_weights()
+    source.mkdir()
+    shutil.copy(MLM, source)
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({k: weights[k].clone() for k in weights if files[k] == file}, source / file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    run(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+
+
 def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
     config, weights, _ = load_golden("dnabert2_tiny")
     bare = {k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")}
@@ -194,7 +235,7 @@ def vocab(tmp_path):
 
 
 @pytest.mark.parametrize("as_folder", [False, True], ids=["vocab.txt", "folder"])
-def test_the_tokenizer_loads_on_every_transformers_and_returns_token_types(
+def test_the_tokenizer_is_one_that_every_transformers_reads_with_token_types(
     tmp_path, vocab, as_folder
 ):
     """transformers 5 writes a class name that 4 does not know; 5.0 then omits token_type_ids."""
@@ -206,10 +247,42 @@ def test_the_tokenizer_loads_on_every_transformers_and_returns_token_types(
     )
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "BertTokenizer"
+    assert settings["model_max_length"] == 32
     assert settings["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert tokenizer("A", "w9")["token_type_ids"] == [0, 0, 0, 1, 1]
     assert tokenizer("A sentence.")["input_ids"] == [2, 5, 6, 7, 3]
+
+
+def test_the_tokenizers_pad_id_is_the_models(tmp_path, vocab):
+    entries = vocab.read_text().split("\n")
+    vocab.write_text("\n".join([entries[5], *entries[1:5], entries[0], *entries[6:]]))
+    run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--tokenizer", vocab)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 5
+
+
+def test_the_sources_own_tokenizer_is_taken_but_never_its_code(tmp_path, vocab):
+    """Nobody was asked to trust the source."""
+    source = write_source(tmp_path / "source", mlm_weights(), json.loads(MLM.read_text()))
+    shutil.copy(vocab, source)
+    run(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    (source / "vocab.txt").unlink()
+    auto_map = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    (source / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
+        run(source, tmp_path / "other")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_model_card_of_a_folder_without_tokenizer_runs_too(tmp_path):
+    run(GOLDENS / "dnabert2_tiny", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    shape = run_python(example.replace('"."', repr(str(tmp_path / "out"))))
+    assert shape.strip() == "torch.Size([1, 3, 160])"
+    assert str(GOLDENS.parent) not in card
 
 
 @pytest.mark.parametrize("kind", ["MLM", "classifier", "encoder"])
@@ -252,16 +325,52 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_listed(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_another_architecture_is_refused_by_its_names(tmp_path):
-    weights = mlm_weights()
-    weights["bert.encoder.layer.0.attention.self.query.weight"] = torch.zeros(96, 96)
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("attention.self.layer_norm_q.weight", "QK norm .jina-embeddings-v2-base-code., another"),
+        ("attention.self.query.weight", "separate query, key and value"),
+    ],
+)
+def test_kin_are_refused_by_name(tmp_path, name, reason):
+    weights = mlm_weights() | {f"bert.encoder.layer.0.{name}": torch.zeros(96, 96)}
     source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
-    with pytest.raises(ValueError, match=r"no place for: \S+self.query.weight$"):
+    with pytest.raises(ValueError, match=f"is no MosaicBERT: its names tell of .*{reason}"):
         run(source, tmp_path / "out")
-    source = write_source(
-        source, {"transformer.h.0.weight": torch.zeros(1)}, json.loads(MLM.read_text())
-    )
-    with pytest.raises(ValueError, match="no place for these tensors .* transformer.h.0.weight"):
+
+
+def test_names_of_no_layout_are_listed_but_not_by_the_hundred(tmp_path):
+    weights = {f"transformer.h.{i}.weight": torch.zeros(1) for i in range(200)}
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    with pytest.raises(ValueError, match="no place .* transformer.h.0.weight.* and 192 more"):
+        run(source, tmp_path / "out")
+
+
+def test_label_names_that_do_not_fit_the_classifier_are_refused(tmp_path):
+    config = json.loads(MLM.read_text()) | {"id2label": {"0": "no", "1": "yes"}}
+    source = write_source(tmp_path / "source", classification_weights(), config)
+    with pytest.raises(ValueError, match="config names 2 labels, the classifier has 3"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "holds a list, expected an object"),
+        ("{", "is not JSON"),
+        ('{"hidden_size": 96, "num_attention_heads": 5}', "config is not MosaicBERT's: .*96 and 5"),
+    ],
+)
+def test_configs_that_describe_no_model_are_refused(tmp_path, text, message):
+    source = write_source(tmp_path / "source", mlm_weights(), {})
+    (source / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "out")
+
+
+def test_an_empty_checkpoint_is_refused(tmp_path):
+    source = write_source(tmp_path / "source", {}, json.loads(MLM.read_text()))
+    with pytest.raises(ValueError, match="holds no tensors"):
         run(source, tmp_path / "out")
 
 
@@ -298,7 +407,9 @@ def test_pickled_code_is_never_executed(tmp_path, plain):
         (source / "pytorch_model.bin").write_bytes(pickle.dumps(checkpoint))
     else:
         torch.save(checkpoint, source / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin is not loaded: .* would run code"):
+    with pytest.raises(
+        ValueError, match="pytorch_model.bin is not loaded, since unpickling can run"
+    ):
         run(source, tmp_path / "out")
     assert not (tmp_path / "executed").exists()
 
@@ -314,13 +425,13 @@ def test_a_torn_file_is_named(tmp_path, name, size):
     else:
         save_file({k: v.clone() for k, v in mlm_weights().items()}, source / name)
     (source / name).write_bytes((source / name).read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{name} (cannot be read|is not loaded: it is damaged)"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read, is it complete"):
         run(source, tmp_path / "out")
 
 
 def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds neither model.*safetensors nor"):
+    with pytest.raises(ValueError, match="holds neither model.safetensors nor"):
         run(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match="nowhere.pt does not exist"):
         run(tmp_path / "nowhere.pt", tmp_path / "out")
@@ -343,6 +454,15 @@ def test_nothing_is_overwritten_unless_asked_for(tmp_path):
     assert (out / "notes.txt").read_text() == "mine" and (out / "model.safetensors").exists()
     with pytest.raises(ValueError, match="is a file"):
         run(GOLDENS / "mosaic_tiny", out / "notes.txt")
+
+
+def test_overwriting_leaves_nothing_of_a_former_model(tmp_path, vocab):
+    """Its tokenizer would be loaded beside the new weights."""
+    run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--tokenizer", vocab)
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"old")
+    run(GOLDENS / "dnabert2_tiny", tmp_path / "out", "--overwrite")
+    files = {x.name for x in (tmp_path / "out").iterdir()}
+    assert files == {"model.safetensors", "config.json", "README.md", *MODEL_FILES}
 
 
 def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path):

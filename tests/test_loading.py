@@ -52,7 +52,14 @@ def assert_golden(model, golden):
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         ours = model(**inputs).logits
-    assert torch.allclose(ours[real], logits[real], atol=1e-3)
+    assert_near(ours[real], logits[real])
+
+
+def assert_near(candidate, expected):
+    """Equal but for float32 rounding in three layers: 2^10 eps of the largest value."""
+    assert candidate.shape == expected.shape and candidate.isfinite().all()
+    largest = expected.abs().max()
+    assert (candidate - expected).abs().max() <= 2**10 * torch.finfo(torch.float32).eps * largest
 
 
 def test_config_json_is_mosaic_bert_base_and_names_every_class_that_exists():
@@ -64,8 +71,7 @@ def test_config_json_is_mosaic_bert_base_and_names_every_class_that_exists():
     sizes.pop("cls.predictions.decoder.weight", None)
     assert sum(sizes.values()) == 137_400_384
     layers = inspect.getmodule(type(model))
-    classes = {name for name in vars(layers) if name.startswith("Bert") and name in layers.__dict__}
-    classes = {x for x in classes if x == "BertModel" or x.startswith("BertFor")}
+    classes = {x for x in vars(layers) if x == "BertModel" or x.startswith("BertFor")}
     assert {AUTO_MAP[x] for x in AUTO_CLASSES} == {f"bert_layers.{x}" for x in classes}
 
 
@@ -91,13 +97,13 @@ def test_dnabert_2_and_s_load_without_conversion(tmp_path):
     _, weights, outputs = load_golden("dnabert2_tiny")
     mask = outputs["attention_mask"].bool()
     logits = load("AutoModelForMaskedLM", folder)(outputs["input_ids"], mask).logits
-    assert torch.allclose(logits[mask], outputs["logits"][mask], atol=1e-3)
+    assert_near(logits[mask], outputs["logits"][mask])
 
     bare = {k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")}
     torch.save(bare, folder / "pytorch_model.bin")
     encoder = load("AutoModel", folder, add_pooling_layer=False)
     hidden = encoder(outputs["input_ids"], mask).last_hidden_state
-    assert torch.allclose(hidden, outputs["last_hidden_state"], atol=1e-4)
+    assert_near(hidden, outputs["last_hidden_state"])
 
 
 @pytest.mark.parametrize("kind", ["published", "ours"])
@@ -242,6 +248,59 @@ def test_other_pipelines_run(ours, tokenizer, task, auto_class):
     assert len(pipe(["w5 w6 w7", "w8"])) == 2
 
 
+if transformers.__version__ < "5":  # which has no such pipeline
+
+    def test_the_question_answering_pipeline_answers_from_the_context(ours, tokenizer):
+        model = load("AutoModelForQuestionAnswering", ours)
+        pipe = transformers.pipeline("question-answering", model=model, tokenizer=tokenizer)
+        answer = pipe(question="w5 w6", context="w10 w11 w12")
+        assert answer["answer"] in "w10 w11 w12"
+
+
+def test_flattened_batches_equal_padded_ones(ours):
+    rows = [
+        {"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (3, 9, 1)
+    ]
+    flat = transformers.DataCollatorWithFlattening()(rows)
+    model = load("AutoModelForMaskedLM", ours)
+    with torch.no_grad():
+        packed = model(**flat).logits[0]
+        alone = [model(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    assert_near(packed, torch.cat(alone))
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModelForMaskedLM", "AutoModelForTokenClassification"])
+def test_trainer_trains_and_evaluates_rows_of_any_length(ours, auto_class, tmp_path):
+    """Published, evaluation met logits of other shapes in each batch, and failed."""
+    ids = [list(range(5, 5 + n)) for n in (3, 9, 1, 20)]
+    rows = [{"input_ids": x, "attention_mask": [1] * len(x), "labels": [1] * len(x)} for x in ids]
+
+    def collate(rows):
+        width = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        pad = {k: [r[k] + [v] * (width - len(r[k])) for r in rows] for k, v in fill.items()}
+        return {name: torch.tensor(x) for name, x in pad.items()}
+
+    trainer = transformers.Trainer(
+        load(auto_class, ours),
+        transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=2,
+            use_cpu=True,
+        ),  # fmt: skip
+        data_collator=collate,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda x: {"scored": (x.label_ids != -100).sum()},
+    )
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_scored"] == sum(map(len, ids))
+
+
 def test_reads_longer_text_than_it_was_trained_on(mosaic):
     config = transformers.AutoConfig.from_pretrained(mosaic, trust_remote_code=True)
     config.alibi_starting_size = 1024
@@ -262,8 +321,8 @@ def test_lora_on_wqkv_trains_saves_and_merges(mosaic, golden, tmp_path):
     assert not torch.allclose(trained, before)
     lora.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load("AutoModelForMaskedLM", mosaic), tmp_path)
-    assert torch.allclose(again.eval()(**inputs).logits, trained, atol=1e-4)
-    assert torch.allclose(again.merge_and_unload()(**inputs).logits, trained, atol=1e-3)
+    assert_near(again.eval()(**inputs).logits, trained)
+    assert_near(again.merge_and_unload()(**inputs).logits, trained)
 
 
 def test_nothing_in_the_goldens_is_changed_by_loading():

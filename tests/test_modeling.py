@@ -110,7 +110,19 @@ def test_sdpa_is_as_close_to_float64_as_eager_is(heads, lengths, gaps, dtype):
         assert_as_close(*outputs, factor=factor)
 
 
-def test_sdpa_bias_takes_no_memory_that_grows_with_the_square():
+def test_sdpa_is_given_a_bias_of_linear_memory(monkeypatch):
+    biases, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x: biases.append(x[3]) or attend(*x),
+    )
+    make(BertModel, "sdpa")(**make_batch(300, 200))
+    assert [bias.shape for bias in biases[:2]] == [(1, 4, 300, 300), (1, 4, 200, 200)]
+    assert all(bias.untyped_storage().nbytes() == 4 * 599 * 4 for bias in biases)
+
+
+def test_the_bias_is_alibis_against_reversed_keys():
     window = bert_layers.alibi_window(torch.tensor(alibi_slopes(12)), 65_536)
     bias = bert_layers.bias_for_reversed_keys(window, 65_536)
     assert bias.shape == (1, 12, 65_536, 65_536)
@@ -480,6 +492,7 @@ def test_the_head_can_be_replaced_by_an_identity():
         (3, None, torch.tensor([2, 0]), nn.CrossEntropyLoss()),
         (3, None, torch.tensor([2, 0], dtype=torch.int32), nn.CrossEntropyLoss()),
         (3, None, torch.tensor([[0.0, 1, 1], [1, 0, 0]]), nn.BCEWithLogitsLoss()),
+        (3, None, torch.tensor([[False, True, True]] * 2), nn.BCEWithLogitsLoss()),
         (3, "multi_label_classification", torch.ones(2, 3, dtype=int), nn.BCEWithLogitsLoss()),
     ],
 )  # fmt: skip
@@ -495,6 +508,13 @@ def test_sequence_classification_follows_problem_type(num_labels, problem_type, 
         target = labels.float().reshape(logits.shape)
     close(outputs.loss, loss(logits, target))
     assert model.config.problem_type == problem_type
+
+
+def test_unknown_problem_types_are_refused():
+    """A misspelt one would train on another loss."""
+    model = make(BertForSequenceClassification, num_labels=3, problem_type="multi_labels")
+    with pytest.raises(ValueError, match="problem_type is 'multi_labels', expected None or one of"):
+        model(**make_batch(4, 8), labels=torch.ones(2, 3))
 
 
 def test_classifier_dropout_overrides_hidden_dropout():
@@ -594,23 +614,77 @@ def test_sizes_that_do_not_divide_are_refused():
         MosaicBertConfig(hidden_size=64, num_attention_heads=5)
     with pytest.raises(ValueError, match="alibi_starting_size must be at least 1, got 0"):
         MosaicBertConfig(alibi_starting_size=0)
+    with pytest.raises(ValueError, match="tie_word_embeddings must be True"):
+        MosaicBertConfig(tie_word_embeddings=False)
+
+
+def test_a_config_changed_after_it_was_made_is_checked_by_the_model():
+    config = MosaicBertConfig(alibi_starting_size=128)
+    assert config.max_position_embeddings == 128
+    config.alibi_starting_size = 2048
+    with torch.device("meta"):
+        assert BertModel(config).config.max_position_embeddings == 2048
+    config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="got 768 and 5"):
+        BertModel(config)
+
+
+def test_weights_start_as_the_recipe_says():
+    """Normal with initializer_range, biases 0, LayerNorm 1 and 0."""
+    model = make(BertForMaskedLM, initializer_range=0.05)
+    for name, parameter in model.named_parameters():
+        if "norm" in name.lower():
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif parameter.numel() > 1000:
+            # Four standard errors of a standard deviation.
+            assert abs(parameter.std() / 0.05 - 1) < 4 / (2 * parameter.numel()) ** 0.5, name
+
+
+def test_the_mlm_heads_layernorm_has_an_eps_of_its_own():
+    model = make(BertForMaskedLM, layer_norm_eps=1e-3)
+    norms = {n: m.eps for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    assert norms.pop("cls.predictions.transform.LayerNorm") == 1e-12
+    assert len(norms) == 5 and set(norms.values()) == {1e-3}
+
+
+def test_dropout_is_where_the_published_model_has_it():
+    """After the embeddings, the attention's projection and the gate; before a classifier."""
+    model = make(BertForTokenClassification, dropout=0.5).train()
+    seen = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: seen.append((name, tuple(x[0].shape), (y == 0).any()))
+            )
+    model(**make_batch(5, 3))
+    layers = [
+        (f"bert.encoder.layer.{i}.{part}", (8, width), True)
+        for i in range(2)
+        for part, width in (("attention.output.dropout", 64), ("mlp.dropout", 96))
+    ]
+    ends = [("bert.embeddings.dropout", (8, 64), True)], [("dropout", (2, 5, 64), True)]
+    assert seen == [*ends[0], *layers, *ends[1]]
 
 
 # ---- training machinery ----
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(reentrant):
+def test_gradient_checkpointing_runs_layers_again_and_changes_no_gradient(reentrant):
     """Raised in the published code."""
     batch = make_batch(5, 9)
-    grads = []
+    grads, runs = [], []
     for checkpointing in (False, True):
         model = make(BertForMaskedLM).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
+        model.bert.encoder.layer[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
         model(**batch, labels=make_labels(batch)).loss.backward()
         grads.append([p.grad for p in model.parameters()])
+    assert len(runs) == 1 + 2
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
 
@@ -623,7 +697,7 @@ def compiled_graphs(model, batches, **options):
     for batch in batches:
         expected, outputs = model(**batch), compiled(**batch)
         assert torch.equal(outputs[0], expected[0])
-        if model.training:
+        if outputs.get("loss") is not None:
             gradients = [
                 torch.autograd.grad(x.loss, list(model.parameters())) for x in (expected, outputs)
             ]
@@ -648,6 +722,14 @@ def test_compile_with_a_mask_breaks_once_and_never_recompiles(cls):
     assert compiled_graphs(make(cls), batches) <= 2
 
 
+@pytest.mark.parametrize("cls", [BertModel, *HEADS])
+def test_compile_with_a_mask_makes_its_graphs_once_more_when_the_padded_shape_changes(cls):
+    """By then torch knows that shapes vary; later ones cost nothing."""
+    batches = [make_batch(*x) for x in ((16, 3), (9, 9, 2), (30, 7, 3, 4), (8, 5), (12, 11, 10))]
+    graphs = [compiled_graphs(make(cls), batches[:n]) for n in (3, 5)]
+    assert graphs[0] == graphs[1] <= 8
+
+
 def test_compile_in_training_never_recompiles_as_tokens_and_labels_change():
     lengths = ((16, 3), (9, 9), (16, 16), (5, 16), (12, 7))
     batches = [make_batch(*x, seqlen=16) for x in lengths]
@@ -660,8 +742,37 @@ def test_the_compiled_attention_operator_is_sound():
     torch.manual_seed(0)
     qkv = torch.randn(12, 3, 2, 8, requires_grad=True)
     batch = pack_batch(torch.zeros(2, 8), torch.tensor([[1] * 8, [1] * 4 + [0] * 4]))
-    arguments = (qkv, batch.cu_seqlens, torch.tensor([0.5, 0.25]), None)
-    torch.library.opcheck(bert_layers.sdpa_varlen_op, arguments)
+    for positions in (None, torch.arange(12, dtype=torch.int32).square()):
+        for dropout_p in (0.0, 0.5):
+            options = (batch.cu_seqlens, torch.tensor([0.5, 0.25]), positions, dropout_p)
+            arguments = (qkv, *options, torch.tensor([7]))
+            torch.library.opcheck(bert_layers.sdpa_varlen_op, arguments)
+
+
+def test_the_operators_gradient_drops_what_its_forward_dropped():
+    torch.manual_seed(0)
+    qkv = torch.randn(7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    batch = pack_batch(torch.zeros(2, 4), torch.tensor([[1] * 4, [1] * 3 + [0]]))
+
+    def attend(qkv):
+        slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
+        seed = torch.tensor([7])
+        return bert_layers.sdpa_varlen_op(qkv, batch.cu_seqlens, slopes, None, 0.5, seed)
+
+    assert torch.equal(attend(qkv), attend(qkv))
+    assert torch.autograd.gradcheck(attend, qkv)
+
+
+def test_compile_with_attention_dropout_is_one_graph():
+    """Every published MosaicBERT config has a rate of 0.1."""
+    model = make(BertForMaskedLM, attention_probs_dropout_prob=0.1).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    for lengths in ((16, 3), (9, 9), (16, 16), (5, 16), (12, 7), (13, 7), (8, 8)):
+        batch = make_batch(*lengths, seqlen=16)
+        compiled(**batch, labels=make_labels(batch)).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_two_copies_of_the_code_work_side_by_side():

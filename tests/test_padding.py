@@ -66,7 +66,14 @@ def test_a_position_of_0_begins_a_sequence(position_ids, cu_seqlens, positions):
     assert positions is None or batch.positions.tolist() == positions
 
 
-def test_positions_of_padding_mean_nothing():
+def test_a_masked_0_begins_a_sequence_too():
+    """Looked for among real tokens only, it merged two sequences in silence."""
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1]])
+    position_ids = torch.tensor([[0, 0, 1, 2], [0, 1, 0, 1]])
+    assert pack_batch(mask, mask, position_ids).cu_seqlens.tolist() == [0, 1, 3, 5, 6]
+
+
+def test_zeros_at_padding_add_no_sequence():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
     position_ids = torch.tensor([[0, 0, 0, 1], [0, 1, 0, 0]])
     assert pack_batch(mask, mask, position_ids).cu_seqlens.tolist() == [0, 2, 4]
@@ -90,9 +97,10 @@ def test_labelled_tokens_are_found_among_the_real_ones():
         ("attention_mask", torch.full((2, 4), -1e4), "attention_mask holds -10000"),
         ("position_ids", torch.zeros(4), r"position_ids has shape \(4,\), expected \(2, 4\) or"),
         ("position_ids", torch.tensor([[0, 1, 1, 2]]), "position_ids must increase"),
+        ("tokens", torch.zeros(2, 0), r"no tokens: its shape is \(2, 0\)"),
         ("labels", torch.zeros(8), r"labels has shape \(8,\)"),
     ],
 )
 def test_bad_input_is_refused_with_the_numbers(name, value, message):
     with pytest.raises(ValueError, match=message):
-        pack_batch(torch.zeros(2, 4), **{name: value})
+        pack_batch(**{"tokens": torch.zeros(2, 4), name: value})
