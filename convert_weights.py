@@ -346,7 +346,7 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
 
 def find_tokenizer(path: Path) -> Path | None:
     """The source's folder, if it holds a tokenizer."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    files = ("tokenizer.json", "vocab.txt")
     return path if path.is_dir() and any((path / name).exists() for name in files) else None
 
 

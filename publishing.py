@@ -70,9 +70,13 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
     if has_more or not vocab.is_file():
         try:
             # Never the source's own code, which nobody was asked to trust.
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (ValueError, OSError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
             raise ValueError(f"no tokenizer can be loaded from {name}: {error}") from error
+        # What transformers 5.0 makes of a folder that holds none.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"no tokenizer can be loaded from {name}: it has no vocabulary")
+        return tokenizer
     entries = vocab.read_text(encoding="utf-8").splitlines()
     if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
         raise ValueError(f"{vocab} lacks {', '.join(missing)}: give a BERT vocabulary")

@@ -267,13 +267,19 @@ def test_the_sources_own_tokenizer_is_taken_but_never_its_code(tmp_path, vocab):
     shutil.copy(vocab, source)
     run(source, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    (source / "vocab.txt").unlink()
     auto_map = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}}
     (source / "tokenizer_config.json").write_text(json.dumps(auto_map))
     (source / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    with pytest.raises(ValueError, match="no tokenizer can be loaded from"):
-        run(source, tmp_path / "other")
+    run(source, tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").exists()
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", "org/name"):
+        with pytest.raises(ValueError, match=f"no tokenizer can be loaded from {name}"):
+            run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--tokenizer", name)
 
 
 def test_the_model_card_of_a_folder_without_tokenizer_runs_too(tmp_path):
