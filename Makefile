@@ -1,7 +1,8 @@
-# make test    creates the environment and runs the tests, without GPU or network
-# make demo    creates the environment, pre-trains a small model (about 5 minutes on two cores) and
-#              lets it fill masks
-# make lint    ruff
+# make test       creates the environment and runs the tests, without GPU or network
+# make test-slow  compiles every variant of the Triton kernel for four chips
+# make demo       creates the environment, pre-trains a small model (about 5 minutes on two cores)
+#                 and lets it fill masks
+# make lint       ruff
 # TRANSFORMERS=4.57.6 or 5.0.0 chooses another supported version, in an environment of its own.
 
 PYTHON ?= python3
@@ -15,10 +16,13 @@ DEMO_FACTOR ?= 4
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test demo lint clean
+.PHONY: test test-slow demo lint clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 demo: $(VENV)/ready
 	$(BIN)/accelerate launch train_mlm.py recipes/demo.yaml --output_dir $(DEMO_DIR) --overwrite $(DEMO_FLAGS)

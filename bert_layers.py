@@ -42,6 +42,7 @@ except ImportError:
     from torch.nn import init
 
 try:
+    from .flash_attn_triton import build_tile_map
     from .flash_attn_triton import flash_attn_varlen_qkvpacked_func as triton_varlen_attention
 except ImportError as error:
     triton_varlen_attention, triton_missing = None, str(error)
@@ -227,6 +228,7 @@ def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p:
         dropout_p,
         alibi_slopes=slopes,
         position_ids=batch.positions,
+        tile_map=batch.tile_map,
     )
     return context, None
 
@@ -493,6 +495,12 @@ class BertEncoder(nn.Module):
             self.config.hidden_size // heads,
             output_attentions,
         )
+        if len(hidden_states) == 0:
+            # Kernels want at least one sequence; eager takes none.
+            backend = "eager"
+        elif backend == "triton":
+            tile_map = build_tile_map(batch.cu_seqlens, len(hidden_states))
+            batch = batch._replace(tile_map=tile_map)
         slopes = torch.tensor(alibi_slopes(heads), device=device)
         states = [hidden_states] if output_hidden_states else None
         attentions = [] if output_attentions else None

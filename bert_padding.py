@@ -27,6 +27,7 @@ class PackedBatch(NamedTuple):
             its index there.
         labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody
             asked.
+        tile_map: (pieces, 2) int32, the Triton kernel's plan of the batch, or None: it has none.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class PackedBatch(NamedTuple):
     max_seqlen: int
     positions: Tensor | None = None
     labelled: Tensor | None = None
+    tile_map: Tensor | None = None
 
 
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):

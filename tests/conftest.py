@@ -17,6 +17,14 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_HOME=caches.name, HF_MODULES_CACHE=f"{caches.name}/modules"
 )
 
+import torch  # noqa: E402
+
+# Read when the kernels are defined: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# Two threads wait for each other on a machine that others use too; tests are small.
+torch.set_num_threads(1)
+
 package = types.ModuleType("mosaic_bert")
 package.__path__ = [str(ROOT)]
 sys.modules["mosaic_bert"] = package
@@ -26,7 +34,6 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 MODEL_FILES = ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
@@ -76,3 +83,11 @@ def run_python(code, *args, **environment):
 def mosaic(tmp_path_factory):
     """Folder of the published tiny MosaicBERT with our code."""
     return published_folder(tmp_path_factory.mktemp("published") / "mosaic_tiny")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: choose it with -m slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

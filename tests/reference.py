@@ -13,35 +13,52 @@ import torch
 def slopes(heads):
     """ALiBi's slopes for 4, 6, 8 and 12 heads, written out by hand."""
     eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    return {
+    listed = {
         4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],
         6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8],
         8: eight,
         12: eight + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],
-    }[heads]
+    }
+    return torch.tensor(listed[heads], dtype=torch.float64)
 
 
 def alibi_attention(
-    qkv, cu_seqlens, slopes=None, position_ids=None, softmax_scale=None, dropout_mask=None
-):
-    """qkv (total, 3, heads, head_dim) -> out (total, heads, head_dim)."""
+    qkv, cu_seqlens, slopes=None, position_ids=None, softmax_scale=None, dropout_mask=None,
+    dtype=torch.float64,
+):  # fmt: skip
+    """One sequence after the other, every score written out.
+
+    Args:
+        qkv: (total, 3, heads, head_dim)
+        cu_seqlens: (batch + 1,) where sequences begin
+        slopes: (heads,) of ALiBi
+        position_ids: (total,) for the distances, by default the index in the sequence
+        softmax_scale: by default 1 / sqrt(head_dim)
+        dropout_mask: per sequence (heads, seqlen, seqlen), the factor of every attention weight
+        dtype: of all arithmetic; a candidate's own one gives the error it may be measured by
+
+    Returns:
+        out (total, heads, head_dim), lse (heads, total)
+    """
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    outs = []
+    outs, lses = [], []
     bounds = cu_seqlens.tolist()
     for index, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        q, k, v = qkv[begin:end].double().permute(1, 2, 0, 3)  # (heads, seqlen, head_dim) each
+        q, k, v = qkv[begin:end].to(dtype).permute(1, 2, 0, 3)  # (heads, seqlen, head_dim) each
         scores = q @ k.transpose(1, 2) * scale  # (heads, seqlen, seqlen)
         if slopes is not None:
-            position = (
-                torch.arange(end - begin) if position_ids is None else position_ids[begin:end]
-            )
-            distance = (position[:, None] - position[None, :]).abs().double()
-            scores = scores - torch.as_tensor(slopes).double()[:, None, None] * distance
+            if position_ids is None:
+                position = torch.arange(end - begin, device=qkv.device)
+            else:
+                position = position_ids[begin:end].long()
+            distance = (position[:, None] - position[None, :]).abs().to(dtype)
+            scores = scores - slopes.to(dtype)[:, None, None] * distance
         weights = scores.softmax(-1)
         if dropout_mask is not None:
-            weights = weights * dropout_mask[index].double()
+            weights = weights * dropout_mask[index].to(dtype)
         outs.append((weights @ v).transpose(0, 1))
-    return torch.cat(outs)
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
 def norm(x, weights, name, eps):
@@ -70,9 +87,8 @@ def encode(weights, config, ids, token_types, positions):
     for i in range(config["num_hidden_layers"]):
         x, layer = states[-1], f"bert.encoder.layer.{i}"
         qkv = linear(x, weights, f"{layer}.attention.self.Wqkv").view(len(x), 3, heads, -1)
-        context = alibi_attention(qkv, torch.tensor([0, len(x)]), slopes(heads), positions).reshape(
-            len(x), -1
-        )
+        whole = torch.tensor([0, len(x)])
+        context = alibi_attention(qkv, whole, slopes(heads), positions)[0].reshape(len(x), -1)
         attended = linear(context, weights, f"{layer}.attention.output.dense")
         x = norm(attended + x, weights, f"{layer}.attention.output.LayerNorm", eps)
         gate, value = linear(x, weights, f"{layer}.mlp.gated_layers").split(

@@ -74,7 +74,7 @@ def close(a, b, factor=64):
 
 @pytest.mark.parametrize("heads", [4, 6, 8, 12])
 def test_slopes_are_those_of_the_paper(heads):
-    assert alibi_slopes(heads) == pytest.approx(slopes(heads), rel=1e-15)
+    assert alibi_slopes(heads) == pytest.approx(slopes(heads).tolist(), rel=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -105,7 +105,9 @@ def test_sdpa_is_as_close_to_float64_as_eager_is(heads, lengths, gaps, dtype):
     all_slopes = torch.tensor(alibi_slopes(heads))
     plain = run(lambda x: bert_layers.eager_attention(x, all_slopes, batch, 0.0)[0], qkv)
     candidate = run(lambda x: bert_layers.sdpa_attention(x, all_slopes, batch, 0.0)[0], qkv)
-    oracle = run(lambda x: alibi_attention(x, cu_seqlens, slopes(heads), positions), qkv.double())
+    oracle = run(
+        lambda x: alibi_attention(x, cu_seqlens, slopes(heads), positions)[0], qkv.double()
+    )
     for factor, *outputs in zip((2, 3), candidate, plain, oracle, strict=True):
         assert_as_close(*outputs, factor=factor)
 
@@ -129,6 +131,41 @@ def test_the_bias_is_alibis_against_reversed_keys():
     assert bias.untyped_storage().nbytes() == 12 * 131_071 * 4
     # Against reversed keys, column 65,535 is key 0.
     assert bias[0, 0, 100, 65_535] == -100 * alibi_slopes(12)[0]
+
+
+def test_triton_shares_one_tile_map_among_layers(monkeypatch):
+    """Under the interpreter, here, which is also where a CPU tensor may reach the kernel."""
+    maps, build = [], bert_layers.build_tile_map
+    monkeypatch.setattr(bert_layers, "build_tile_map", lambda *x: maps.append(build(*x)) or maps[0])
+    batch = make_batch(5, 140)
+    with torch.no_grad():
+        ours = make(BertModel, "triton")(**batch)[0]
+        close(ours, make(BertModel, "eager")(**batch)[0])
+    assert len(maps) == 1
+
+
+def test_triton_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot run: it needs CUDA tensors, got cpu"):
+        make(BertModel, "triton")(**make_batch(3))
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, reason",
+    [
+        (torch.float64, 64, "it takes torch.float16, torch.bfloat16, torch.float32, got torch.f"),
+        (torch.bfloat16, 20, "a multiple of 8 up to 128, got 20"),
+        (torch.bfloat16, 136, "a multiple of 8 up to 128, got 136"),
+    ],
+)
+def test_on_cuda_auto_falls_back_where_triton_cannot(monkeypatch, dtype, head_dim, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    warnings = []
+    monkeypatch.setattr(bert_layers.logger, "warning_once", warnings.append)
+    device = torch.device("cuda")
+    assert choose_backend("auto", device, torch.bfloat16, 64) == "triton" and not warnings
+    assert choose_backend("auto", device, dtype, head_dim) == "sdpa"
+    assert reason in warnings[0]
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -180,7 +217,7 @@ def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
 
     def kernel(qkv, cu_seqlens, max_seqlen, dropout_p, alibi_slopes):
         seen.update(cu_seqlens=cu_seqlens.tolist(), max_seqlen=max_seqlen, slopes=alibi_slopes)
-        return alibi_attention(qkv, cu_seqlens, alibi_slopes).to(qkv.dtype)
+        return alibi_attention(qkv, cu_seqlens, alibi_slopes)[0].to(qkv.dtype)
 
     monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", kernel)
     monkeypatch.setattr(bert_layers, "why_not", lambda *queries: None)
@@ -196,7 +233,7 @@ def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
 
 def test_an_unknown_backend_is_refused_at_load():
     with pytest.raises(
-        ValueError, match="'flex' is not available; choose one of auto, eager, sdpa"
+        ValueError, match="'flex' is not available; choose one of auto, eager, sdpa, triton"
     ):
         make(BertModel, "flex")
 

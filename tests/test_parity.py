@@ -6,6 +6,8 @@ far PyTorch in float32 is from it, and ours may be twice as far (three times for
 eps of the largest value.
 """
 
+import os
+
 import pytest
 import torch
 from conftest import load_golden
@@ -15,6 +17,8 @@ from mosaic_bert import bert_layers
 from mosaic_bert.configuration_bert import MosaicBertConfig
 
 BACKENDS = ["eager", "sdpa"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS.append("triton")
 BATCHES = ["right_padded", "full", "left_padded", "holes"]
 
 

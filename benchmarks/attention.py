@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast is attention with ALiBi over a batch of variable-length sequences, and beside what?
+
+Method: providers.py builds each provider's inputs once, for timing and for peak memory. Before a
+provider is timed, its output and gradients must pass the tests' error rule on a small batch. Times
+are medians with 20 and 80 % quantiles of triton.testing.do_bench; what a batch needs once for all
+layers (tile map, BlockMask, dense bias) is measured apart, as "prepare". TFLOP/s count every score
+within a sequence, skipped ones too; GB/s count qkv, out, lse, dout and dqkv once; neither counts
+padding.
+
+    python benchmarks/attention.py                          # bf16, 65,536 tokens, 12 heads of 64
+    python benchmarks/attention.py --qkv layer.pt           # a trained layer's q, k and v
+    python benchmarks/attention.py --toy                    # proves the script, on a CPU
+
+Output: one JSON line per provider, lengths and pass, appended to --output too. Cases that cannot
+run are rows that say why.
+"""
+
+import argparse
+import json
+
+import common  # before the kernels: with --toy it chooses the interpreter
+import torch
+import torch._functorch.config
+from common import TOY, milliseconds
+from providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
+
+# The dense ones hold batch x heads x seqlen x seqlen.
+DENSE_UP_TO = 2048
+# Twice the multiply-adds of 2, 5 and 7 products of seqlen x seqlen x head_dim.
+FLOP_PER_SCORE = {"forward": 4, "backward": 10, "both": 14}
+
+
+def measure(provider, shape):
+    """A dict of figures for every pass."""
+    case = setup(provider, shape)
+    prepared = case.prepare()
+    scores = shape.heads * sum(length**2 for length in shape.lengths)
+    tokens = sum(shape.lengths) * shape.heads
+    out_bytes = tokens * shape.head_dim * shape.dtype.itemsize
+    lse_bytes = 4 * tokens
+    # Forward reads qkv; backward reads qkv, out and dout and writes dqkv.
+    bytes_moved = {"forward": 4 * out_bytes + lse_bytes, "backward": 8 * out_bytes + lse_bytes}
+    bytes_moved["both"] = sum(bytes_moved.values())
+    out = case.attend(prepared)
+    dout = torch.randn_like(out)
+
+    def forward():
+        with torch.no_grad():
+            case.attend(prepared)
+
+    def backward():
+        torch.autograd.grad(out, case.leaf, dout, retain_graph=True)
+
+    def both():
+        torch.autograd.grad(case.attend(prepared), case.leaf, dout)
+
+    for function in (case.prepare, forward, backward, both):
+        name = "prepare" if function is case.prepare else function.__name__
+        ms, low, high = milliseconds(function)
+        row = {"pass": name, "ms": ms, "p20": low, "p80": high}
+        row["peak_bytes"] = common.peak_bytes(function)
+        if name != "prepare":
+            row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / ms / 1e9
+            row["gbytes_per_s"] = bytes_moved[name] / ms / 1e6
+        yield row
+
+
+def why_not(provider, shape):
+    """Why a provider is not tried, or None."""
+    if provider not in DENSE:
+        return None
+    longest = max(shape.lengths)
+    dense = len(shape.lengths) * shape.heads * longest**2 * shape.dtype.itemsize
+    if longest > DENSE_UP_TO:
+        return f"beyond {DENSE_UP_TO}: a dense bias would be {dense:,} bytes"
+    if not TOY and 4 * dense > torch.cuda.mem_get_info()[0]:
+        return f"a dense bias alone is {dense:,} bytes"
+    return None
+
+
+def rows_of(provider, shape):
+    """Figures of every pass, or one row that says why there are none."""
+    reason = why_not(provider, shape)
+    if reason is None:
+        try:
+            gate(provider, shape.heads, shape.head_dim, shape.dtype)
+            yield from measure(provider, shape)
+        except AssertionError as err:
+            reason = f"wrong: {err}"
+        except (ImportError, NotImplementedError, RuntimeError) as err:
+            reason = f"{type(err).__name__}: {str(err).splitlines()[0]}"
+    if reason is not None:
+        yield {"skipped": reason}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--seqlens", nargs="+", type=int, default=[128, 512, 2048, 8192, 32_768])
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--qkv", help="torch.save'd (total, 3, heads, head_dim), not N(0, 1)")
+    parser.add_argument("--output", default="attention.jsonl")
+    parser.add_argument("--toy", action="store_true")
+    if TOY:
+        # Not bf16, of which the interpreter gets products wrong.
+        parser.set_defaults(seqlens=[32], tokens=80, heads=2, head_dim=16, dtype="float32")
+    args = parser.parse_args()
+    # retain_graph needs the buffers that compiled backward passes would otherwise give away.
+    torch._functorch.config.donated_buffer = False
+    where, dtype = common.environment(), getattr(torch, args.dtype)
+    qkv = torch.load(args.qkv, weights_only=True) if args.qkv else None
+    if qkv is not None:
+        args.tokens, _, args.heads, args.head_dim = qkv.shape
+    with open(args.output, "a") as file:
+        for provider in args.providers:
+            for lengths in ("fixed", "c4"):
+                for seqlen in args.seqlens:
+                    drawn = draw(lengths, seqlen, args.tokens)
+                    shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
+                    row = {
+                        "provider": provider, "bias": provider not in WITHOUT_BIAS,
+                        "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
+                        "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
+                        "head_dim": args.head_dim, "dtype": args.dtype,
+                    }  # fmt: skip
+                    for figures in rows_of(provider, shape):
+                        line = json.dumps(row | figures | where)
+                        print(line, flush=True)
+                        print(line, file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

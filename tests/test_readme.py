@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md says only what is so: its example runs, its commands parse, its files are there."""
+
+import re
+import shutil
+
+import pytest
+from conftest import GOLDENS, ROOT, published_folder, run_python
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    folder = published_folder(tmp_path / "model")
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*specials, *(f"w{i}" for i in range(5, 320))]))
+    shutil.copy(GOLDENS / "mosaic_tiny" / "config.json", folder)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(example.strip().splitlines()) <= 9
+    guesses = run_python(example.replace("runs/demo", str(folder)))
+    assert len(guesses.splitlines()) == 5
+
+
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"\b[\w/]+\.(?:py|yaml)\b", README))))
+def test_every_file_it_names_exists(file):
+    assert (ROOT / file).exists()
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"\bmake (\w+)", README))
+    assert {"test", "demo"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
