@@ -2,19 +2,21 @@
 """README.md says only what is so: its example runs, its commands parse, its files are there."""
 
 import re
-import shutil
 
 import pytest
-from conftest import GOLDENS, ROOT, published_folder, run_python
+from conftest import GOLDENS, ROOT, run_python
+
+import convert_weights
+from publishing import SPECIAL_TOKENS
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    folder = published_folder(tmp_path / "model")
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*specials, *(f"w{i}" for i in range(5, 320))]))
-    shutil.copy(GOLDENS / "mosaic_tiny" / "config.json", folder)
+    vocab, folder = tmp_path / "vocab.txt", tmp_path / "model"
+    vocab.write_text("\n".join([*SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
+    arguments = (GOLDENS / "mosaic_tiny", folder, "--tokenizer", vocab)
+    convert_weights.main([str(x) for x in arguments])
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(example.strip().splitlines()) <= 9
     guesses = run_python(example.replace("runs/demo", str(folder)))
