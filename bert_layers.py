@@ -42,7 +42,7 @@ except ImportError:
     from torch.nn import init
 
 try:
-    from .flash_attn_triton import build_tile_map
+    from .flash_attn_triton import DROPOUT_WORKS, build_tile_map
     from .flash_attn_triton import flash_attn_varlen_qkvpacked_func as triton_varlen_attention
 except ImportError as error:
     triton_varlen_attention, triton_missing = None, str(error)
@@ -261,7 +261,9 @@ KERNEL_LIMITS = {
 }
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool = False
+) -> str | None:
     """The reason why `backend` cannot run on such queries, or None if it can."""
     if backend not in KERNEL_LIMITS:
         return None
@@ -275,6 +277,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"it takes {', '.join(map(str, dtypes))}, got {dtype}"
     if head_dim % 8 or head_dim > largest:
         return f"it takes head_dim that is a multiple of 8 up to {largest}, got {head_dim}"
+    if backend == "triton" and dropout and not DROPOUT_WORKS:
+        return "attention dropout needs Triton 3.6"
     return None
 
 
@@ -284,6 +288,7 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     output_attentions: bool = False,
+    dropout: bool = False,
 ) -> str:
     """Name of the backend that runs on queries of this device, dtype and head_dim.
 
@@ -303,7 +308,7 @@ def choose_backend(
             return "eager"
         if triton_varlen_attention is None or device.type != "cuda":
             return "sdpa"
-        if reason := why_not("triton", device, dtype, head_dim):
+        if reason := why_not("triton", device, dtype, head_dim, dropout):
             logger.warning_once(f"Attention runs on 'sdpa' instead of 'triton': {reason}")
             return "sdpa"
         return "triton"
@@ -312,7 +317,7 @@ def choose_backend(
             "output_attentions=True needs attn_implementation='eager' or none at all, "
             f"got {requested!r}, which never holds them"
         )
-    if reason := why_not(requested, device, dtype, head_dim):
+    if reason := why_not(requested, device, dtype, head_dim, dropout):
         raise ValueError(
             f"attn_implementation={requested!r} cannot run: {reason}. Use 'sdpa', or leave it out"
         )
@@ -320,6 +325,14 @@ def choose_backend(
 
 
 # ---- the model ----
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device, None where it is off or, as on meta, unknown."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -330,11 +343,10 @@ class LayerNorm(nn.LayerNorm):
         self.low_precision = low_precision
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if not (self.low_precision and torch.is_autocast_enabled(device)):
+        dtype = autocast_dtype(x.device) if self.low_precision else None
+        if dtype is None:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(
                 x.to(dtype),
                 self.normalized_shape,
@@ -486,14 +498,13 @@ class BertEncoder(nn.Module):
         attention probabilities; each None unless asked for.
         """
         heads, device = self.config.num_attention_heads, hidden_states.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
         backend = choose_backend(
             self.config._attn_implementation,
             device,
-            dtype,
+            autocast_dtype(device) or hidden_states.dtype,
             self.config.hidden_size // heads,
             output_attentions,
+            dropout=self.training and self.config.attention_probs_dropout_prob > 0,
         )
         if len(hidden_states) == 0:
             # Kernels want at least one sequence; eager takes none.

@@ -168,6 +168,17 @@ def test_on_cuda_auto_falls_back_where_triton_cannot(monkeypatch, dtype, head_di
     assert reason in warnings[0]
 
 
+def test_on_cuda_attention_dropout_falls_back_where_triton_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    queries = (torch.device("cuda"), torch.bfloat16, 64)
+    assert choose_backend("auto", *queries, dropout=True) == "triton"
+    monkeypatch.setattr(bert_layers, "DROPOUT_WORKS", False)
+    assert choose_backend("auto", *queries) == "triton"
+    assert choose_backend("auto", *queries, dropout=True) == "sdpa"
+    with pytest.raises(ValueError, match="attention dropout needs Triton 3.6"):
+        choose_backend("triton", *queries, dropout=True)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_dropout_is_for_training_only(backend):
     model = make(BertModel, backend, attention_probs_dropout_prob=0.5)
@@ -338,6 +349,11 @@ def test_distances_come_from_position_ids(backend):
             close(model(**batch)[0], stretched)
     finally:
         bert_layers.alibi_slopes = original
+
+
+def test_runs_on_meta_for_shapes_alone():
+    model = make(BertForMaskedLM, "eager").to("meta")
+    assert model(torch.zeros(2, 5, dtype=int, device="meta")).logits.shape == (2, 5, VOCAB)
 
 
 def test_longer_inputs_than_prepared_for_just_work():
