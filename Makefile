@@ -36,6 +36,7 @@ clean:
 	rm -rf .venv-* runs
 
 $(VENV)/ready: requirements.txt tests/requirements.txt $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt -r tests/requirements.txt -c $(CONSTRAINTS)
 	touch $@

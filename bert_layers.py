@@ -12,6 +12,7 @@ Shapes: batch, seqlen, heads, head_dim, dim = heads * head_dim, inter, vocab; to
 are not padding. Parameter names and Wqkv's layout are frozen by published checkpoints.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -44,12 +45,12 @@ except ImportError:
 try:
     from .flash_attn_triton import DROPOUT_WORKS, build_tile_map
     from .flash_attn_triton import flash_attn_varlen_qkvpacked_func as triton_varlen_attention
-except ImportError as error:
+except Exception as error:  # a broken installation must not keep the model from a CPU
     triton_varlen_attention, triton_missing = None, str(error)
 
 try:
     from flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_2_varlen_attention
-except ImportError as error:
+except Exception as error:
     flash_attn_2_varlen_attention, flash_attn_2_missing = None, str(error)
 
 logger = logging.get_logger(__name__)
@@ -109,7 +110,8 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
 
     bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
-    scores = (query @ key.transpose(-1, -2)).float() * qkv.shape[-1] ** -0.5 + bias
+    # Scaled before the product, which would leave half precision's range sooner.
+    scores = (query * qkv.shape[-1] ** -0.5 @ key.transpose(-1, -2)).float() + bias
     scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
     probs = F.dropout(probs, dropout_p).to(qkv.dtype)
@@ -161,6 +163,19 @@ def sdpa_varlen(
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
+@contextlib.contextmanager
+def drawn_from(seed: Tensor, device: torch.device):
+    """Random numbers on `device` come from `seed`, (1,) int64, and go on as before afterwards."""
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed.item())
+        else:
+            torch.default_generator.manual_seed(seed.item())
+        yield
+
+
 @torch.library.custom_op(f"{NAMESPACE}::sdpa_varlen", mutates_args=())
 def sdpa_varlen_op(
     qkv: Tensor,
@@ -171,8 +186,7 @@ def sdpa_varlen_op(
     seed: Tensor,
 ) -> Tensor:
     """`sdpa_varlen` as a pure function of `seed`, (1,) int64, which dropout is drawn from."""
-    with torch.random.fork_rng([qkv.device] if qkv.is_cuda else []):
-        torch.manual_seed(seed.item())
+    with drawn_from(seed, qkv.device):
         return sdpa_varlen(qkv, cu_seqlens, slopes, positions, dropout_p)
 
 
@@ -187,8 +201,7 @@ def sdpa_varlen_backward_op(
     seed: Tensor,
 ) -> Tensor:
     """Gradient of `sdpa_varlen_op` in qkv, which runs forward again."""
-    with torch.random.fork_rng([qkv.device] if qkv.is_cuda else []):
-        torch.manual_seed(seed.item())
+    with drawn_from(seed, qkv.device):
         _, vjp = torch.func.vjp(
             lambda x: sdpa_varlen(x, cu_seqlens, slopes, positions, dropout_p), qkv
         )
@@ -215,7 +228,8 @@ def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: f
     """`sdpa_varlen`, which torch.compile sees as one operator."""
     arguments = (qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p)
     if torch.compiler.is_compiling():
-        return sdpa_varlen_op(*arguments, torch.randint(2**62, (1,))), None
+        seed = torch.randint(2**62, (1,)) if dropout_p else torch.zeros(1, dtype=torch.int64)
+        return sdpa_varlen_op(*arguments, seed), None
     return sdpa_varlen(*arguments), None
 
 
@@ -371,25 +385,25 @@ class BertEmbeddings(nn.Module):
     def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None) -> Tensor:
         """input_ids, token_type_ids (total,), or inputs_embeds (total, dim) -> (total, dim)."""
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.word_embeddings)
+            check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
             inputs_embeds = self.word_embeddings(input_ids)
         if token_type_ids is None:
             # As a vector: a look-up would add the gradients of all tokens to one row, in turn.
             types = self.token_type_embeddings.weight[0]
         else:
-            check_ids("token_type_ids", token_type_ids, self.token_type_embeddings)
+            check_ids("token_type_ids", token_type_ids, self.token_type_embeddings.num_embeddings)
             types = self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(inputs_embeds + types))
 
 
-def check_ids(name: str, ids: Tensor, embedding: nn.Embedding):
-    """ValueError for ids that have no embedding; only where looking costs no synchronisation."""
+def check_ids(name: str, ids: Tensor, count: int):
+    """ValueError for ids outside 0..count - 1; only where looking costs no synchronisation."""
     if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
         low, high = (x.item() for x in ids.aminmax())
-        if low < 0 or high >= embedding.num_embeddings:
+        if low < 0 or high >= count:
             raise ValueError(
-                f"{name} holds {low if low < 0 else high}, but the model has only "
-                f"0..{embedding.num_embeddings - 1}: is the tokenizer the model's own?"
+                f"{name} holds {low if low < 0 else high}, but the model has only 0..{count - 1}: "
+                "is the tokenizer the model's own?"
             )
 
 
@@ -590,7 +604,7 @@ class BertPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         if not isinstance(config, MosaicBertConfig):
             config = MosaicBertConfig.from_stock(config)
-        config.check()
+        config.complete()
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module):
@@ -691,6 +705,8 @@ class BertModel(BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         packed_by_head = batch is not None
+        if packed_by_head and not (attention_mask is None and position_ids is None):
+            raise ValueError("give batch, or attention_mask and position_ids, not both")
         if not packed_by_head:
             batch = pack_batch(tokens, attention_mask, position_ids)
 
@@ -734,8 +750,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
         logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of
             labels here.
     """
-    total = F.cross_entropy(logits.float(), labels.long(), reduction="sum")
-    return total / ((labels != -100).sum().clamp(min=1) if count is None else count)
+    labels = labels.long().to(logits.device)
+    check_ids("labels", labels.clamp(min=0) * (labels != -100), logits.shape[-1])
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    count = (labels != -100).sum() if count is None else torch.as_tensor(count)
+    return total / count.clamp(min=1).to(total.device)
 
 
 def classifier_dropout(config) -> nn.Dropout:

@@ -50,14 +50,15 @@ def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
 def unpad_input(x: Tensor, batch: PackedBatch) -> Tensor:
     """(batch, seqlen, ...) -> (total, ...): real tokens only, in row-major order."""
     x = x.flatten(0, 1)
-    return x if batch.indices is None else x.index_select(0, batch.indices)
+    # Layers may lie on several devices.
+    return x if batch.indices is None else x.index_select(0, batch.indices.to(x.device))
 
 
 def pad_input(x: Tensor, batch: PackedBatch) -> Tensor:
     """(total, ...) -> (batch, seqlen, ...), with zeros at padding."""
     if batch.indices is not None:
         padded = x.new_zeros(batch.batch * batch.seqlen, *x.shape[1:])
-        padded[batch.indices] = x
+        padded[batch.indices.to(x.device)] = x
         x = padded
     return x.unflatten(0, (batch.batch, batch.seqlen))
 

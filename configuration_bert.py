@@ -28,7 +28,7 @@ class MosaicBertConfig(StockBertConfig):
             since published files carry it, and unused.
 
     Raises:
-        ValueError: sizes that no model can have; see `check`.
+        ValueError: sizes that no model can have; see `complete`.
     """
 
     model_type = "mosaic_bert"
@@ -46,10 +46,10 @@ class MosaicBertConfig(StockBertConfig):
         self.alibi_starting_size = alibi_starting_size
         self.low_precision_layernorm = low_precision_layernorm
         self.sparse_prediction = sparse_prediction
-        self.check()
+        self.complete()
 
-    def check(self):
-        """Refuses what no model can be built from, and raises max_position_embeddings.
+    def complete(self):
+        """Refuses sizes of no model, and lets max_position_embeddings reach alibi_starting_size.
 
         Models call it too, since fields may be set after the configuration is made.
 

@@ -188,7 +188,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return [folder / x for x in sorted(set(read_json(index)["weight_map"].values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map")
+            return [folder / x for x in sorted(set(weight_map.values()))]
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 

@@ -38,7 +38,11 @@ def module_docstrings() -> dict[str, list[str]]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not LEFT_OUT.intersection(name.parts):
-            nodes = ast.walk(ast.parse(path.read_bytes()))
+            try:
+                nodes = ast.walk(ast.parse(path.read_bytes()))
+            except (SyntaxError, ValueError):
+                # Some distributions keep templates there.
+                continue
             texts = (ast.get_docstring(node) for node in nodes if isinstance(node, DOCUMENTED))
             found[name.as_posix()] = [text for text in texts if text]
     return found

@@ -76,6 +76,11 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
         # What transformers 5.0 makes of a folder that holds none.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError(f"no tokenizer can be loaded from {name}: it has no vocabulary")
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{name} is a {type(tokenizer).__name__}, which writes no tokenizer.json: "
+                "give a fast tokenizer"
+            )
         return tokenizer
     entries = vocab.read_text(encoding="utf-8").splitlines()
     if missing := [token for token in SPECIAL_TOKENS if token not in entries]:

@@ -5,7 +5,8 @@
     accelerate launch train_mlm.py recipes/demo.yaml --max_steps 100   # flags override the YAML
     accelerate launch train_mlm.py --train_file text.txt --output_dir out
     accelerate launch train_mlm.py --train_file 'c4/*.parquet' --streaming --max_steps 70000 \
-        --tokenizer_name bert-base-uncased --output_dir out --resume_from_checkpoint last
+        --tokenizer_name bert-base-uncased --output_dir out
+    ... the same command again with --resume_from_checkpoint last, after an interruption
 
 Defaults are MosaicBERT's recipe at sequence length 128, on whatever devices there are; the size of
 the run (batch, steps) is yours to give. The output folder is a complete Hub repository: weights,
@@ -78,16 +79,27 @@ class ModelArguments:
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
-    hidden_dropout_prob: float | None = None
+    hidden_dropout_prob: float | None = option(
+        None, "None: the configuration's, a checkpoint's own"
+    )
+    attention_probs_dropout_prob: float | None = None
     alibi_starting_size: int | None = option(None, "length to prepare for; None: max_seq_length")
     low_precision_layernorm: bool = option(True, "LayerNorm in autocast's dtype, not in float32")
     attn_implementation: str | None = option(None, "None: the best that the device has")
 
     def shape(self) -> dict:
         """What describes a new model, as far as it is given."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        given = {name: getattr(self, name) for name in (*names, "hidden_dropout_prob")}
-        return {name: value for name, value in given.items() if value is not None}
+        return self.given(
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        )
+
+    def dropout(self) -> dict:
+        """Rates that replace the configuration's."""
+        return self.given("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+    def given(self, *names: str) -> dict:
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -138,7 +150,8 @@ class DataArguments:
     def source(self) -> str:
         """Where the documents come from, in words."""
         name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        return name or ", ".join(self.train_file or ["English text that CPython carries"])
+        files = [Path(file).name for file in self.train_file or []]
+        return name or ", ".join(files or ["English text that CPython carries"])
 
 
 @dataclass
@@ -149,7 +162,7 @@ class RecipeArguments(TrainingArguments):
     overwrite: bool = option(False, "write into output_dir although it holds files")
     resume_from_checkpoint: str | None = option(None, "a checkpoint's folder, or 'last'")
     learning_rate: float = 5e-4
-    warmup_share: float = option(0.06, "of all steps, unless warmup_steps is given")
+    warmup_share: float = option(0.06, "of all steps, unless warmup_steps is above 0")
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     weight_decay: float = option(0.02, "of torch's AdamW: the recipe's 1e-5 over its rate of 5e-4")
@@ -166,6 +179,8 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("give --output_dir, the folder that the model is written to")
+        if getattr(self, "warmup_ratio", None):
+            raise ValueError(f"give --warmup_share {self.warmup_ratio} instead of --warmup_ratio")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
@@ -174,7 +189,9 @@ class RecipeArguments(TrainingArguments):
         super().__post_init__()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        return int(self.warmup_steps) or round(self.warmup_share * num_training_steps)
+        # Below 1 it is a share, as in transformers 5.
+        share = self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_share
+        return int(self.warmup_steps) or round(share * num_training_steps)
 
 
 def parse(argv: list[str]):
@@ -388,6 +405,7 @@ def build_model(args: ModelArguments, tokenizer, max_seq_length: int):
         max_position_embeddings=length,
         low_precision_layernorm=args.low_precision_layernorm,
         **args.shape(),
+        **args.dropout(),
     )
     return AutoModelForMaskedLM.from_config(
         config, trust_remote_code=True, attn_implementation=args.attn_implementation
@@ -408,11 +426,16 @@ def continued_model(args: ModelArguments, tokenizer, max_seq_length: int):
     length = args.alibi_starting_size or max(config.alibi_starting_size, max_seq_length)
     config.alibi_starting_size = config.max_position_embeddings = length
     config.low_precision_layernorm = args.low_precision_layernorm
+    config.update(args.dropout())
     config.pad_token_id, config.auto_map = tokenizer.pad_token_id, ours.auto_map
     model_class = get_class_from_dynamic_module(ours.auto_map["AutoModelForMaskedLM"], HERE)
     model_class.register_for_auto_class("AutoModelForMaskedLM")
     return model_class.from_pretrained(
-        args.model_name_or_path, config=config, attn_implementation=args.attn_implementation
+        args.model_name_or_path,
+        config=config,
+        attn_implementation=args.attn_implementation,
+        # What AdamW updates; transformers 5 would take the checkpoint's.
+        dtype=torch.float32,
     )
 
 
@@ -476,7 +499,12 @@ def use_all_cores(args: RecipeArguments):
     """accelerate launch leaves a process one thread unless it is told otherwise."""
     if args.use_cpu:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(args.cpu_threads or max(1, os.cpu_count() // processes))
+        torch.set_num_threads(args.cpu_threads or max(1, usable_cores() // processes))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
@@ -486,7 +514,8 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
     length = (
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
-    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps else f"{args.warmup_share:.0%}"
+    share = args.warmup_steps if 0 < args.warmup_steps < 1 else args.warmup_share
+    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{share:.0%}"
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     return {
         "model": f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary "
@@ -508,6 +537,11 @@ def size(encoded) -> str:
         return "streamed"
     tokens = sum(len(row) for row in encoded.with_format("numpy")["input_ids"])
     return f"{len(encoded):,} documents, {tokens:,} tokens"
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name, unless it is None or a folder of this machine."""
+    return None if name is None or Path(name).exists() else name
 
 
 def figures(metrics: dict[str, float]) -> dict[str, str]:
@@ -567,7 +601,7 @@ def main():
             "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside), pre-trained by "
             "train_mlm.py and evaluated on documents that it had not seen.",
             facts | figures(metrics),
-            base_model=model_args.model_name_or_path,
+            base_model=hub_id(model_args.model_name_or_path),
         )
 
 

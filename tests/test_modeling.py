@@ -483,11 +483,13 @@ def test_label_0_counts():
         close(model.train(training)(**batch, labels=labels).loss, expected)
 
 
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
 @pytest.mark.parametrize("training", [False, True])
-def test_no_label_at_all_gives_a_zero_loss_with_gradients(training):
+def test_no_label_at_all_gives_a_zero_loss_with_gradients(training, count):
     """NaN in the published code."""
     model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)
-    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
+    labels = torch.full_like(batch["input_ids"], -100)
+    loss = model(**batch, labels=labels, num_items_in_batch=count).loss
     loss.backward()
     assert loss == 0
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
@@ -565,7 +567,8 @@ def test_sequence_classification_follows_problem_type(num_labels, problem_type, 
 
 def test_unknown_problem_types_are_refused():
     """A misspelt one would train on another loss."""
-    model = make(BertForSequenceClassification, num_labels=3, problem_type="multi_labels")
+    model = make(BertForSequenceClassification, num_labels=3)
+    model.config.problem_type = "multi_labels"
     with pytest.raises(ValueError, match="problem_type is 'multi_labels', expected None or one of"):
         model(**make_batch(4, 8), labels=torch.ones(2, 3))
 
@@ -650,6 +653,20 @@ def test_bad_input_is_refused_with_the_numbers(cls, arguments, message):
 def test_labels_of_the_wrong_shape_are_refused(cls, labels, training):
     with pytest.raises(ValueError, match=r"has shape \(.*expected \("):
         make(cls).train(training)(**make_batch(4, 8), **labels)
+
+
+def test_labels_beyond_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="labels holds 64, but the model has only 0..63"):
+        make(BertForMaskedLM)(**make_batch(4), labels=torch.tensor([[-100, 1, 64, 2]]))
+
+
+def test_a_packed_batch_and_a_mask_are_refused_together():
+    batch = make_batch(4, 2)
+    packed = pack_batch(batch["input_ids"], batch["attention_mask"])
+    with pytest.raises(
+        ValueError, match="give batch, or attention_mask and position_ids, not both"
+    ):
+        make(BertModel)(**batch, batch=packed)
 
 
 def test_half_a_span_is_refused():
@@ -800,6 +817,15 @@ def test_the_compiled_attention_operator_is_sound():
             options = (batch.cu_seqlens, torch.tensor([0.5, 0.25]), positions, dropout_p)
             arguments = (qkv, *options, torch.tensor([7]))
             torch.library.opcheck(bert_layers.sdpa_varlen_op, arguments)
+
+
+def test_the_operator_leaves_other_random_numbers_alone():
+    qkv, cu_seqlens = torch.randn(4, 3, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    bert_layers.sdpa_varlen_op(qkv, cu_seqlens, torch.ones(1), None, 0.5, torch.tensor([7]))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_operators_gradient_drops_what_its_forward_dropped():

@@ -256,6 +256,28 @@ def test_the_defaults_are_the_recipe():
     assert recipe.bf16 and model.low_precision_layernorm
 
 
+def test_warm_up_is_a_number_of_steps_or_a_share(monkeypatch):
+    recipe = parse(warmup_steps=7)[-1]
+    assert recipe.get_warmup_steps(1000) == 7
+    recipe.warmup_steps = 0.2
+    assert recipe.get_warmup_steps(1000) == 200
+    assert parse(warmup_share=0)[-1].get_warmup_steps(1000) == 0
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
+    """AdamW's updates are lost in bfloat16's 8 bits."""
+    sizes = SIZES | {"vocab_size": 128, "max_position_embeddings": 128}
+    config = train_mlm.AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
+    model = train_mlm.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    args = train_mlm.ModelArguments(
+        model_name_or_path=str(tmp_path), attention_probs_dropout_prob=0.2
+    )
+    continued = train_mlm.continued_model(args, trained_tokenizer(), 64)
+    assert {p.dtype for p in continued.parameters()} == {torch.float32}
+    assert continued.config.attention_probs_dropout_prob == 0.2
+
+
 def test_weight_decay_reaches_every_parameter():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     names = train_mlm.MlmTrainer.get_decay_parameter_names(None, model)
@@ -421,7 +443,7 @@ def test_an_empty_file_is_named(tmp_path):
 
 def test_a_file_of_blank_lines_is_refused(tmp_path):
     (tmp_path / "blank.txt").write_text("\n \n\n")
-    with pytest.raises(ValueError, match=f"{tmp_path}/blank.txt: no text is left"):
+    with pytest.raises(ValueError, match="blank.txt: no text is left"):
         load_one(tmp_path / "blank.txt")
 
 
