@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--qkv", help="torch.save'd (total, 3, heads, head_dim), not N(0, 1)")
-    parser.add_argument("--output", default="attention.jsonl")
+    parser.add_argument("--output", default=common.record_file("attention"))
     parser.add_argument("--toy", action="store_true")
     if TOY:
         # Not bf16, of which the interpreter gets products wrong.

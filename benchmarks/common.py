@@ -82,3 +82,8 @@ def environment():
     device = "CPU, interpreter" if TOY else torch.cuda.get_device_name()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"device": device, **versions, "commit": commit or None, "date": date}
+
+
+def record_file(name):
+    """Where a script's figures go: the records, or nowhere for a toy run."""
+    return os.devnull if TOY else str(ROOT / "benchmarks" / "results" / f"{name}.jsonl")

@@ -145,7 +145,7 @@ def main():
     parser.add_argument("--seqlen", type=int, default=64 if TOY else 2048)
     parser.add_argument("--tokens", type=int, default=64 if TOY else 65_536)
     parser.add_argument("--heads", type=int, default=1 if TOY else 12)
-    parser.add_argument("--output", default="tune.jsonl")
+    parser.add_argument("--output", default=common.record_file("tune"))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     sm = ours.UNKNOWN_SM
