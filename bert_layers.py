@@ -751,7 +751,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
             labels here.
     """
     labels = labels.long().to(logits.device)
-    check_ids("labels", labels.clamp(min=0) * (labels != -100), logits.shape[-1])
+    check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1])
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     count = (labels != -100).sum() if count is None else torch.as_tensor(count)
     return total / count.clamp(min=1).to(total.device)

@@ -188,10 +188,12 @@ class RecipeArguments(TrainingArguments):
         self.accelerator_config = self.accelerator_config or {"dispatch_batches": False}
         super().__post_init__()
 
+    def share_of_warmup(self) -> float:
+        """The share of all steps; a warmup_steps below 1 is one too, as in transformers 5."""
+        return self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_share
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        # Below 1 it is a share, as in transformers 5.
-        share = self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_share
-        return int(self.warmup_steps) or round(share * num_training_steps)
+        return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
 
 
 def parse(argv: list[str]):
@@ -514,8 +516,8 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
     length = (
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
-    share = args.warmup_steps if 0 < args.warmup_steps < 1 else args.warmup_share
-    warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{share:.0%}"
+    steps = args.warmup_steps
+    warmup = f"{steps:g} steps" if steps >= 1 else f"{args.share_of_warmup():.0%}"
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     return {
         "model": f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary "
