@@ -33,7 +33,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
-from .bert_padding import PackedBatch, check_shape, pack_batch, pad_input, unpad_input
+from .bert_padding import (
+    PackedBatch,
+    check_shape,
+    pack_batch,
+    packed_before,
+    pad_input,
+    unpad_input,
+)
 from .configuration_bert import MosaicBertConfig
 
 try:
@@ -338,6 +345,88 @@ def choose_backend(
     return requested
 
 
+# ---- the loss of masked language modelling ----
+
+# The loss holds the logits of so many labels at a time that they take this many bytes in float32.
+LOSS_BYTES = 2**29
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of a linear layer's outputs, summed, without holding them all.
+
+    Gradients are made on the way, a few rows at a time, so that logits are computed once. Logits
+    are in the dtype of hidden_states; softmax, loss and the sums over chunks are in float32.
+
+    Args:
+        hidden_states: (labelled, dim). weight: (vocab, dim). bias: (vocab,).
+        labels: (labelled,) int64, each from 0 to vocab - 1.
+        weight_grad: whether weight is trained.
+
+    Returns:
+        loss, a float32 scalar, and its gradients in hidden_states and weight (without rows unless
+        weight_grad), both in the dtype of hidden_states, and in bias, float32.
+    """
+    narrow_weight, narrow_bias = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
+    rows = max(1, LOSS_BYTES // (4 * len(weight)))
+    loss = hidden_states.new_zeros((), dtype=torch.float32)
+    bias_sum = torch.zeros_like(bias, dtype=torch.float32)
+    weight_sum, hidden_grads = None, []
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        for x, label in zip(hidden_states.split(rows), labels[:, None].split(rows), strict=True):
+            logits = torch.addmm(narrow_bias, x, narrow_weight.T)  # (rows, vocab)
+            log_probs = logits.log_softmax(-1, dtype=torch.float32)
+            label_log_prob = log_probs.gather(1, label)
+            loss -= label_log_prob.sum()
+            # The logits' gradient, in their place: softmax, less 1 at the label, where the
+            # difference would cancel in half precision.
+            grad = torch.exp(log_probs, out=logits)
+            grad.scatter_(1, label, label_log_prob.expm1().to(grad.dtype))
+            hidden_grads.append(grad @ narrow_weight)
+            bias_sum += grad.sum(0, dtype=torch.float32)
+            if weight_grad:
+                part = grad.T @ x
+                weight_sum = part if weight_sum is None else weight_sum.float() + part
+    weight_sum = weight_sum if weight_grad else weight.new_empty(0, weight.shape[1])
+    return loss, torch.cat(hidden_grads), weight_sum.to(hidden_states.dtype), bias_sum
+
+
+# One operator, since torch.compile would make a graph for each number of chunks.
+linear_cross_entropy_op = torch.library.custom_op(
+    f"{NAMESPACE}::linear_cross_entropy", linear_cross_entropy, mutates_args=()
+)
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden_states, weight, bias, labels, weight_grad):
+    rows = len(weight) if weight_grad else 0
+    return (
+        hidden_states.new_empty((), dtype=torch.float32),
+        torch.empty_like(hidden_states),
+        hidden_states.new_empty(rows, weight.shape[1]),
+        torch.empty_like(bias, dtype=torch.float32),
+    )
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.dtypes = [x.dtype for x in inputs[:3]]
+    ctx.weight_grad = inputs[-1]
+    ctx.save_for_backward(*output[1:])
+    # Else backward is handed zeros as large as weight for the outputs that nobody used.
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx, grad, *_):
+    # With an axis, or grad would be rounded to half precision first.
+    scaled = [x * grad[None] for x in ctx.saved_tensors]
+    hidden, weight, bias = (x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
+    return hidden, weight if ctx.weight_grad else None, bias, None, None
+
+
+linear_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
 # ---- the model ----
 
 
@@ -523,10 +612,11 @@ class BertEncoder(nn.Module):
         if len(hidden_states) == 0:
             # Kernels want at least one sequence; eager takes none.
             backend = "eager"
-        elif backend == "triton":
+        elif backend == "triton" and batch.tile_map is None:
             tile_map = build_tile_map(batch.cu_seqlens, len(hidden_states))
             batch = batch._replace(tile_map=tile_map)
-        slopes = torch.tensor(alibi_slopes(heads), device=device)
+        # Filled in, since copying a list to a GPU waits for everything queued there.
+        slopes = torch.cat([torch.full((1,), x, device=device) for x in alibi_slopes(heads)])
         states = [hidden_states] if output_hidden_states else None
         attentions = [] if output_attentions else None
         for i, layer in enumerate(self.layer):
@@ -576,19 +666,30 @@ class BertLMPredictionHead(nn.Module):
         self.transform = BertPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states))
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(..., dim) -> logits (..., vocab); with labels (labelled,) int64, their summed loss."""
+        hidden_states = self.transform(hidden_states)
+        if labels is None:
+            return self.decoder(hidden_states)
+        weight, bias = self.decoder.weight, self.decoder.bias
+        check_ids("labels", labels, len(weight))
+        # As autocast does for the decoder itself.
+        hidden_states = hidden_states.to(autocast_dtype(hidden_states.device) or weight.dtype)
+        loss, *_ = linear_cross_entropy_op(
+            hidden_states, weight, bias, labels, weight.requires_grad
+        )
+        return loss
 
 
 class BertOnlyMLMHead(nn.Module):
-    """(..., dim) -> (..., vocab); the name `predictions` is the checkpoints'."""
+    """As BertLMPredictionHead; the name `predictions` is the checkpoints'."""
 
     def __init__(self, config):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.predictions(hidden_states)
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.predictions(hidden_states, labels)
 
 
 class BertPreTrainedModel(PreTrainedModel):
@@ -686,9 +787,9 @@ class BertModel(BertPreTrainedModel):
             output_hidden_states: return the output of the embeddings and of each layer, (batch,
                 seqlen, dim).
             return_dict: False for a tuple.
-            batch: `pack_batch` of these inputs, from a head that has already made it. The last
-                hidden state then stays unpadded, (total, dim), or (labelled, dim) if the batch
-                names labelled tokens, and is not pooled.
+            batch: `pack_batch` of these inputs, made before, in place of attention_mask and
+                position_ids. The last hidden state then stays unpadded, (total, dim), or (labelled,
+                dim) if the batch names labelled tokens, and is not pooled.
 
         Returns:
             BaseModelOutputWithPooling: last_hidden_state (batch, seqlen, dim), zeros at padding;
@@ -704,10 +805,10 @@ class BertModel(BertPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        packed_by_head = batch is not None
-        if packed_by_head and not (attention_mask is None and position_ids is None):
-            raise ValueError("give batch, or attention_mask and position_ids, not both")
-        if not packed_by_head:
+        stays_packed = batch is not None
+        if stays_packed:
+            batch = packed_before(batch, tokens, attention_mask, position_ids)
+        else:
             batch = pack_batch(tokens, attention_mask, position_ids)
 
         inputs = [input_ids, token_type_ids, inputs_embeds]
@@ -715,7 +816,7 @@ class BertModel(BertPreTrainedModel):
         last, states, attentions = self.encoder(
             self.embeddings(*inputs), batch, output_attentions, output_hidden_states
         )
-        if packed_by_head:
+        if stays_packed:
             pooled = None
         else:
             last = pad_input(last, batch)
@@ -752,9 +853,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
     """
     labels = labels.long().to(logits.device)
     check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1])
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return mean_loss(F.cross_entropy(logits.float(), labels, reduction="sum"), labels, count)
+
+
+def mean_loss(total: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    """The summed loss, divided by count, or by the number of labels other than -100."""
     count = (labels != -100).sum() if count is None else torch.as_tensor(count)
-    return total / count.clamp(min=1).to(total.device)
+    # A single number may stay on the CPU: moving it would wait for the device.
+    count = count if count.is_cpu and count.dim() == 0 else count.to(total.device)
+    return total / count.clamp(min=1)
 
 
 def classifier_dropout(config) -> nn.Dropout:
@@ -838,18 +945,25 @@ class BertForMaskedLM(BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        batch: PackedBatch | None = None,
     ):
         """
         Args:
             labels: (batch, seqlen) int64, -100 where there is none; labels on padding are ignored.
             num_items_in_batch: divides the summed loss, for gradient accumulation; the number of
                 labels if None.
+            batch: `pack_batch` of these inputs and labels, made before, as on the CPU by a data
+                loader's worker, in place of attention_mask and position_ids. A GPU is then never
+                waited for, nor a graph of torch.compile broken; without it, finding the tokens on a
+                GPU waits for it several times. Trainer needs it as a dict, `batch._asdict()`.
             The others are as in `BertModel.forward`.
 
         Returns:
             MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding.
-            In training with labels and `config.sparse_prediction`, logits are those of the labelled
-            tokens only, (labelled, vocab) in row-major order, unless hidden states are asked for.
+            In training with labels and `config.sparse_prediction`, logits are None, unless hidden
+            states are asked for. Where another module took the place of `cls` or its decoder, as
+            adapters do, they are then those of the labelled tokens, (labelled, vocab) in row-major
+            order.
 
         Raises:
             ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
@@ -859,7 +973,12 @@ class BertForMaskedLM(BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         sparse = self.training and self.config.sparse_prediction and not output_hidden_states
-        batch = pack_batch(tokens, attention_mask, position_ids, labels if sparse else None)
+        if batch is None:
+            batch = pack_batch(tokens, attention_mask, position_ids, labels if sparse else None)
+        else:
+            batch = packed_before(batch, tokens, attention_mask, position_ids)
+            if not sparse or labels is None:
+                batch = batch._replace(labelled=None)
         outputs = self.bert(
             input_ids,
             token_type_ids=token_type_ids,
@@ -869,14 +988,21 @@ class BertForMaskedLM(BertPreTrainedModel):
             return_dict=True,
             batch=batch,
         )
-        logits, loss = self.cls(outputs.last_hidden_state), None
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
         if labels is not None:
-            labels = unpad_input(labels, batch)
-            if batch.labelled is not None:
-                labels = labels.index_select(0, batch.labelled)
-            loss = cross_entropy(logits, labels, num_items_in_batch)
-        if batch.labelled is None:
-            logits = pad_input(logits, batch)
+            labels = unpad_input(labels.long().to(hidden_states.device), batch)
+        if batch.labelled is not None:
+            labels = labels.index_select(0, batch.labelled)
+        # Adapters and BiRNA-BERT's users put other modules there, which give logits only.
+        head = self.cls if isinstance(self.cls, BertOnlyMLMHead) else None
+        if batch.labelled is not None and head and type(head.predictions.decoder) is nn.Linear:
+            loss = mean_loss(self.cls(hidden_states, labels), labels, num_items_in_batch)
+        else:
+            logits = self.cls(hidden_states)
+            if labels is not None:
+                loss = cross_entropy(logits, labels, num_items_in_batch)
+            if batch.labelled is None:
+                logits = pad_input(logits, batch)
         output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return self._finish(output, return_dict)
 

@@ -7,6 +7,7 @@ of them form a sequence; `unpad_input` and `pad_input` move tensors between (bat
 Legend: total = tokens that are not padding; a row may hold several sequences, or none.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,31 @@ def pack_batch(
         tokens, attention_mask, position_ids, labels, torch.compiler.is_compiling()
     )
     return PackedBatch(batch, seqlen, *found)
+
+
+def packed_before(
+    batch: PackedBatch | Mapping,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> PackedBatch:
+    """`batch`, made by `pack_batch` of these tokens before, as this module's own PackedBatch.
+
+    It may come from another copy of this module, or as a mapping of the fields. Whether it belongs
+    to these tokens is judged by their shape only: to look at more would wait for the device.
+
+    Raises:
+        ValueError: a mask or position ids beside it, or another shape than that of the tokens.
+    """
+    if not (attention_mask is None and position_ids is None):
+        raise ValueError("give batch, or attention_mask and position_ids, not both")
+    batch = PackedBatch(**batch) if isinstance(batch, Mapping) else PackedBatch(*batch)
+    if (batch.batch, batch.seqlen) != tuple(tokens.shape[:2]):
+        raise ValueError(
+            f"batch was packed from shape {(batch.batch, batch.seqlen)}, "
+            f"but the inputs are {tuple(tokens.shape[:2])}"
+        )
+    return batch
 
 
 @torch.compiler.disable

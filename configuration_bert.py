@@ -20,9 +20,9 @@ class MosaicBertConfig(StockBertConfig):
         attention_probs_dropout_prob: dropout on attention probabilities, 0 in MosaicBERT's recipe.
         low_precision_layernorm: under autocast, LayerNorm takes and returns autocast's dtype.
             Without it autocast runs LayerNorm in float32. It changes nothing outside autocast.
-        sparse_prediction: in training, `BertForMaskedLM` computes the end of the last layer and the
-            logits for labelled tokens only; its `logits` are then (labelled, vocab) instead of
-            (batch, seqlen, vocab). Asking for hidden states turns it off for that call.
+        sparse_prediction: in training with labels, `BertForMaskedLM` computes the end of the last
+            layer and the loss for labelled tokens only, some thousand at a time, and returns no
+            `logits`. Asking for hidden states turns it off for that call.
         **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM
             head; the gated MLP always uses the exact GELU. `position_embedding_type` is accepted,
             since published files carry it, and unused.

@@ -4,15 +4,21 @@
 Faults of the published code are named where their tests stand.
 """
 
+import collections
+import datetime
 import importlib
+import os
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT
-from reference import alibi_attention, assert_as_close, slopes
+from conftest import ROOT, run_python
+from reference import Oracle, alibi_attention, assert_as_close, slopes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 from mosaic_bert import bert_layers
 from mosaic_bert.bert_layers import (
@@ -60,6 +66,17 @@ def make_labels(batch, share=0.4, seed=1):
     generator = torch.Generator().manual_seed(seed)
     labelled = torch.rand(batch["input_ids"].shape, generator=generator) < share
     return torch.where(labelled & batch["attention_mask"].bool(), batch["input_ids"], -100)
+
+
+def collate(*lengths, seqlen=None):
+    """What a collator may hand over: ids, labels and the packed batch, but no mask."""
+    batch = make_batch(*lengths, seqlen=seqlen)
+    ids, labels = batch["input_ids"], make_labels(batch)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "batch": pack_batch(ids, batch["attention_mask"], labels=labels),
+    }
 
 
 def close(a, b, factor=64):
@@ -459,11 +476,120 @@ def test_sparse_prediction_changes_neither_loss_nor_gradients(backend):
         outputs.loss.backward()
         results.append((outputs, {n: p.grad for n, p in model.named_parameters()}))
     (sparse, sparse_grads), (dense, dense_grads) = results
-    assert sparse.logits.shape == ((labels != -100).sum(), VOCAB)
-    close(sparse.logits, dense.logits[labels != -100])
+    assert sparse.logits is None and dense.logits.shape == (*labels.shape, VOCAB)
     close(sparse.loss, dense.loss)
     for name, gradient in dense_grads.items():
         close(sparse_grads[name], gradient)
+
+
+# Chunks of 7 labels, the last one shorter, and one chunk.
+CHUNKS = pytest.mark.parametrize("loss_bytes", [7 * 4 * VOCAB, 2**29], ids=["chunks", "one chunk"])
+
+
+@CHUNKS
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_the_loss_without_logits_is_as_close_to_float64_as_through_them(
+    monkeypatch, loss_bytes, autocast
+):
+    monkeypatch.setattr(bert_layers, "LOSS_BYTES", loss_bytes)
+    batch = make_batch(1, 63, 30)
+    labels = make_labels(batch)
+    types = torch.zeros_like(labels)
+    results = []
+    for sparse in (True, False):
+        model = make(BertForMaskedLM, sparse_prediction=sparse).train()
+        nn.init.normal_(model.cls.predictions.decoder.bias)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch, labels=labels).loss
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, grads), (plain_loss, plain_grads) = results
+    oracle = Oracle(model.state_dict(), model.config.to_dict())
+    expected = oracle(**batch, token_type_ids=types, labels=labels)["loss"]
+    expected.backward()
+    assert_as_close(loss, plain_loss, expected)
+    for name, gradient in grads.items():
+        assert_as_close(gradient, plain_grads[name], oracle.weights[name].grad, factor=3)
+
+
+@CHUNKS
+@pytest.mark.parametrize("weight_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_loss_operator_is_sound(monkeypatch, loss_bytes, weight_grad, dtype):
+    monkeypatch.setattr(bert_layers, "LOSS_BYTES", loss_bytes)
+    torch.manual_seed(0)
+    hidden_states = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, requires_grad=weight_grad)
+    bias, labels = torch.randn(VOCAB, requires_grad=True), torch.randint(0, VOCAB, (9,))
+    arguments = (hidden_states, weight, bias, labels, weight_grad)
+    torch.library.opcheck(bert_layers.linear_cross_entropy_op, arguments)
+
+
+class Shapes(TorchDispatchMode):
+    """Records every operator's output, those inside the loss's operator too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().endswith("::linear_cross_entropy"):
+            with self:
+                outputs = bert_layers.linear_cross_entropy(*args)
+        else:
+            outputs = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves(outputs)
+        self.seen += [x.shape for x in leaves if isinstance(x, torch.Tensor)]
+        return outputs
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_logits_of_all_labels_are_never_held(monkeypatch, sparse, autocast):
+    """In no dtype. Through logits they are, or the test would see nothing."""
+    vocab = VOCAB + 1  # no other axis is as long
+    monkeypatch.setattr(bert_layers, "LOSS_BYTES", 7 * 4 * vocab)
+    batch = make_batch(30, 63)
+    labels = make_labels(batch)
+    model = make(BertForMaskedLM, sparse_prediction=sparse, vocab_size=vocab).train()
+    with Shapes() as shapes:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch, labels=labels).loss
+        loss.backward()
+    decoder = model.cls.predictions.decoder.weight.T.shape
+    rows = [x[0] for x in shapes.seen if len(x) == 2 and x[1] == vocab and x != decoder]
+    assert max(rows) == (7 if sparse else 2 * 63)
+
+
+class Wrapped(nn.Module):
+    """What an adapter makes of a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x):
+        return self.base_layer(x) + 1
+
+
+def test_a_wrapped_decoder_is_asked_for_its_logits():
+    """An adapter's share would be missing from a loss computed with the decoder's own weight."""
+    model, batch = make(BertForMaskedLM), make_batch(4, 8)
+    labels = make_labels(batch)
+    predictions = model.cls.predictions
+    predictions.decoder = Wrapped(predictions.decoder)
+    expected = model(**batch, labels=labels)
+    outputs = model.train()(**batch, labels=labels)
+    close(outputs.logits, expected.logits[labels != -100])
+    close(outputs.loss, expected.loss)
+
+
+def test_a_frozen_decoder_gets_no_gradient():
+    model, batch = make(BertForMaskedLM).train(), make_batch(4, 8)
+    weight = model.get_input_embeddings().weight.requires_grad_(False)
+    model(**batch, labels=make_labels(batch)).loss.backward()
+    assert weight.grad is None
+    assert all(p.grad is not None for p in model.parameters() if p is not weight)
 
 
 def test_evaluation_logits_are_whole_even_with_labels():
@@ -532,6 +658,8 @@ def test_the_head_can_be_replaced_by_an_identity():
     embeddings = model.bert(**batch).last_hidden_state
     model.cls = nn.Identity()
     assert torch.equal(model(**batch).logits, embeddings)
+    labels = make_labels(batch)
+    close(model.train()(**batch, labels=labels).logits, embeddings[labels != -100])
 
 
 # ---- the other heads ----
@@ -655,18 +783,28 @@ def test_labels_of_the_wrong_shape_are_refused(cls, labels, training):
         make(cls).train(training)(**make_batch(4, 8), **labels)
 
 
-def test_labels_beyond_the_vocabulary_are_refused():
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_beyond_the_vocabulary_are_refused(training):
+    model = make(BertForMaskedLM).train(training)
     with pytest.raises(ValueError, match="labels holds 64, but the model has only 0..63"):
-        make(BertForMaskedLM)(**make_batch(4), labels=torch.tensor([[-100, 1, 64, 2]]))
+        model(**make_batch(4), labels=torch.tensor([[-100, 1, 64, 2]]))
 
 
-def test_a_packed_batch_and_a_mask_are_refused_together():
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_a_packed_batch_and_a_mask_are_refused_together(cls):
     batch = make_batch(4, 2)
     packed = pack_batch(batch["input_ids"], batch["attention_mask"])
     with pytest.raises(
         ValueError, match="give batch, or attention_mask and position_ids, not both"
     ):
-        make(BertModel)(**batch, batch=packed)
+        make(cls)(**batch, batch=packed)
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_a_batch_packed_from_another_shape_is_refused(cls):
+    packed = pack_batch(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"from shape \(3, 5\), but the inputs are \(1, 2\)"):
+        make(cls)(IDS, batch=packed)
 
 
 def test_half_a_span_is_refused():
@@ -759,6 +897,67 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_gradient(reentr
         assert torch.equal(a, b)
 
 
+TRAIN_TWO_STEPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_modeling import train_two_steps
+train_two_steps(sys.argv[2], rank=int(sys.argv[3]), world=2)
+"""
+
+
+def train_two_steps(folder, rank=0, world=1):
+    """Saves losses and parameters. With world > 1, process `rank` holds a share of the parameters
+    and takes its share of each batch's rows."""
+    model = make(BertForMaskedLM).train()
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            # Or one process would wait half an hour for another that failed.
+            timeout=datetime.timedelta(seconds=60),
+        )
+        for module in (*model.bert.encoder.layer, model):
+            torch.distributed.fsdp.fully_shard(module)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for lengths in ((9, 5, 12, 3), (4, 12, 2, 8)):
+        batch = make_batch(*lengths)
+        batch["labels"] = make_labels(batch)
+        # Gradients are averaged over processes.
+        count = (batch["labels"] != -100).sum() / world
+        rows = {name: x.chunk(world)[rank] for name, x in batch.items()}
+        loss = model(**rows, num_items_in_batch=count).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    state = model.state_dict()
+    if world > 1:
+        torch.distributed.all_reduce(losses)
+        losses /= world
+        state = {name: x.full_tensor() for name, x in state.items()}
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        torch.save({"losses": losses, **state}, f"{folder}/{world}.pt")
+
+
+def test_fully_shard_trains_as_one_process_does(tmp_path):
+    """Two processes; the decoder stays tied, and its loss gets whole weights."""
+    with ThreadPoolExecutor() as pool:
+        ranks = [
+            pool.submit(run_python, TRAIN_TWO_STEPS, ROOT / "tests", tmp_path, i) for i in (0, 1)
+        ]
+        for rank in ranks:
+            rank.result()
+    train_two_steps(tmp_path)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert one.keys() == two.keys() and one["losses"].shape == (2,)
+    for name, x in one.items():
+        close(two[name], x)
+
+
 def compiled_graphs(model, batches, **options):
     """Compiles model, compares it on each batch, gradients too where it trains, and explains."""
     torch._dynamo.reset()
@@ -798,6 +997,117 @@ def test_compile_with_a_mask_makes_its_graphs_once_more_when_the_padded_shape_ch
     batches = [make_batch(*x) for x in ((16, 3), (9, 9, 2), (30, 7, 3, 4), (8, 5), (12, 11, 10))]
     graphs = [compiled_graphs(make(cls), batches[:n]) for n in (3, 5)]
     assert graphs[0] == graphs[1] <= 8
+
+
+# Another copy of bert_padding has a class of its own.
+FOREIGN = collections.namedtuple("PackedBatch", PackedBatch._fields)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "handed_over", [lambda x: x, lambda x: x._asdict(), lambda x: FOREIGN(*x)],
+    ids=["PackedBatch", "dict", "foreign"],
+)  # fmt: skip
+def test_a_batch_packed_before_gives_what_a_mask_gives(handed_over, training):
+    model = make(BertForMaskedLM).train(training)
+    expected = model(**make_batch(3, 9, 5), labels=collate(3, 9, 5)["labels"])
+    inputs = collate(3, 9, 5)
+    outputs = model(**{**inputs, "batch": handed_over(inputs["batch"])})
+    assert torch.equal(outputs.loss, expected.loss)
+    assert training or torch.equal(outputs.logits, expected.logits)
+
+
+def test_trainer_takes_a_batch_packed_before_as_a_dict(tmp_path):
+    """It rebuilds every tuple from one iterable, which a NamedTuple refuses."""
+    losses = []
+    for packed in (True, False):
+
+        def collator(rows, packed=packed):
+            inputs = collate(*rows)
+            if packed:
+                return inputs | {"batch": inputs["batch"]._asdict()}
+            return make_batch(*rows) | {"labels": inputs["labels"]}
+
+        trainer = Trainer(
+            make(BertForMaskedLM),
+            TrainingArguments(
+                tmp_path,
+                max_steps=3,
+                per_device_train_batch_size=2,
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                remove_unused_columns=False,
+            ),
+            train_dataset=[3, 9, 12, 5, 8, 7],
+            eval_dataset=[11, 4],
+            data_collator=collator,
+        )
+        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("handed_over", [tuple, dict])
+def test_compile_with_a_batch_packed_before_is_one_graph(handed_over):
+    """From ids to gradients, whatever the shape and the numbers of tokens, sequences and labels.
+
+    A graph cannot wait for the device, nor make a tensor whose size only the data knows.
+    """
+    lengths = ((16, 3), (9, 9, 2), (5, 16, 4, 4), (12, 7), (30, 7, 9), (6, 5, 4, 3, 2))
+    batches = [collate(*x) for x in lengths]
+    if handed_over is dict:
+        batches = [{**x, "batch": x["batch"]._asdict()} for x in batches]
+    assert len({(x["labels"] != -100).sum().item() for x in batches}) > 3
+    model = make(BertForMaskedLM).train()
+    assert compiled_graphs(model, batches, fullgraph=True, dynamic=True) == 1
+    assert compiled_graphs(model, batches, fullgraph=True) <= 3
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails on operators that mix devices, as a copy from the CPU does, which a GPU waits for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs, outputs))
+        # A single number on the CPU is handed to the kernel.
+        devices = {x.device for x in tensors if isinstance(x, torch.Tensor) and x.dim()}
+        assert len(devices) <= 1, f"{func.name()} mixes {devices}"
+        return outputs
+
+
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernel wants CUDA tensors"
+)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("count", [None, 7, torch.tensor(7)], ids=str)
+def test_a_step_with_a_batch_packed_before_never_waits_for_the_device(monkeypatch, count):
+    """On tensors without data, so that looking at any raises."""
+    # Which raises for meta.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model = make(BertForMaskedLM, "triton").to("meta").train()
+    to_meta = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    inputs = torch.utils._pytree.tree_map(to_meta, collate(5, 140))
+    with OneDevice():
+        model(**inputs, num_items_in_batch=count).loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    inputs |= {"batch": None, "attention_mask": torch.ones(2, 140, device="meta")}
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        model(**inputs)
+
+
+@pytest.mark.gpu
+def test_a_step_with_a_batch_packed_before_never_waits_for_a_gpu():
+    model = make(BertForMaskedLM, "triton").to("cuda").train()
+    to_gpu = lambda x: x.to("cuda") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    inputs = torch.utils._pytree.tree_map(to_gpu, collate(5, 140))
+    model(**inputs).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compile_in_training_never_recompiles_as_tokens_and_labels_change():

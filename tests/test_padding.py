@@ -3,8 +3,9 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
-from mosaic_bert.bert_padding import pack_batch, pad_input, unpad_input
+from mosaic_bert.bert_padding import pack_batch, packed_before, pad_input, unpad_input
 
 MASKS = {
     "right": [[1, 1, 1, 0], [1, 0, 0, 0]],
@@ -83,6 +84,15 @@ def test_labelled_tokens_are_found_among_the_real_ones():
     labels = torch.tensor([[-100, 0, -100, 7], [3, -100, 9, 9]])
     batch = pack_batch(labels, torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0]]), labels=labels)
     assert batch.labelled.tolist() == [1, 2, 3]
+
+
+def test_a_packed_batch_moves_to_a_device_with_its_numbers():
+    """As accelerate moves what a loader yields."""
+    packed = pack_batch(torch.zeros(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
+    for moved in (send_to_device(packed, "meta"), send_to_device(packed._asdict(), "meta")):
+        moved = packed_before(moved, torch.zeros(2, 4), None, None)
+        assert moved[:2] == (2, 4) and moved.max_seqlen == 3 and moved.labelled is None
+        assert moved.indices.device.type == moved.cu_seqlens.device.type == "meta"
 
 
 @pytest.mark.parametrize(
