@@ -418,8 +418,8 @@ def _save_gradients(ctx, inputs, output):
 
 
 def _scale_gradients(ctx, grad, *_):
-    # With an axis, or grad would be rounded to half precision first.
-    scaled = [x * grad[None] for x in ctx.saved_tensors]
+    # In float32: a half-precision tensor times grad would round grad to half precision first.
+    scaled = [x.to(torch.float32, copy=True).mul_(grad) for x in ctx.saved_tensors]
     hidden, weight, bias = (x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
     return hidden, weight if ctx.weight_grad else None, bias, None, None
 
