@@ -400,10 +400,10 @@ linear_cross_entropy_op = torch.library.custom_op(
 
 @linear_cross_entropy_op.register_fake
 def _(hidden_states, weight, bias, labels, weight_grad):
-    rows = len(weight) if weight_grad else 0
+    rows = weight.shape[0] if weight_grad else 0
     return (
         hidden_states.new_empty((), dtype=torch.float32),
-        torch.empty_like(hidden_states),
+        hidden_states.new_empty(hidden_states.shape),
         hidden_states.new_empty(rows, weight.shape[1]),
         torch.empty_like(bias, dtype=torch.float32),
     )

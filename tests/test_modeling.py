@@ -1069,8 +1069,9 @@ class OneDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs, outputs))
-        # A single number on the CPU is handed to the kernel.
-        devices = {x.device for x in tensors if isinstance(x, torch.Tensor) and x.dim()}
+        tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+        # A single number on the CPU is handed to the kernel, unless it is copied.
+        devices = {x.device for x in tensors if x.dim() or "copy" in func.name()}
         assert len(devices) <= 1, f"{func.name()} mixes {devices}"
         return outputs
 
@@ -1089,6 +1090,8 @@ def test_a_step_with_a_batch_packed_before_never_waits_for_the_device(monkeypatc
     model = make(BertForMaskedLM, "triton").to("meta").train()
     to_meta = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
     inputs = torch.utils._pytree.tree_map(to_meta, collate(5, 140))
+    # Builds its tensor on the CPU, unseen by OneDevice.
+    monkeypatch.setattr(torch, "tensor", lambda *x, **y: pytest.fail("copies from the CPU"))
     with OneDevice():
         model(**inputs, num_items_in_batch=count).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
