@@ -1,68 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train_mlm.py and demo.py: tiny runs in processes of their own, offline, with caches of their own;
-what needs no training is called directly."""
+"""train_mlm.py and demo.py: tiny runs in processes of their own; what needs no training is called
+directly."""
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from training import (
+    ACCELERATE,
+    DOCUMENTS,
+    ROOT,
+    SIZES,
+    flags,
+    read_json,
+    read_log,
+    run,
+    trained_tokenizer,
+)
 
-import embedded_text
+import prepare_data
 import train_mlm
+from train_callbacks import mark_complete
 
-ROOT = Path(__file__).resolve().parents[1]
-
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 150,
-}
 STEPS = 240
-ACCELERATE = ["-m", "accelerate.commands.launch"]
-DOCUMENTS = [
-    f"the {age} {reader} reads a {size} book"
-    for age in ("old", "young", "tall", "small", "wise")
-    for reader in ("man", "woman", "child", "teacher")
-    for size in ("long", "short", "new", "green")
-]
-
-
-def run(cwd: Path, *command, fails=False) -> str:
-    """Output of `python *command`, offline and with caches under cwd."""
-    env = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cwd / "hf"),
-        "HF_MODULES_CACHE": str(cwd / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [sys.executable, *(str(word) for word in command)]
-    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    assert (done.returncode != 0) == fails, output
-    return output
-
-
-def flags(**values) -> list[str]:
-    return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
-
-
-def read_json(*path):
-    return json.loads(Path(*path).read_text())
 
 
 def log_history(folder: Path, step: int) -> list[dict]:
@@ -101,11 +69,11 @@ def test_flags_after_a_recipe_override_it(trained):
 
 def test_a_run_says_at_its_start_what_it_is(trained):
     parameters = re.search(
-        r"model: 2 layers x 64, vocabulary 128, ([\d,]+) parameters", trained.log
+        r"model: mosaic_bert, 2 layers x 64, vocabulary 128, ([\d,]+) parameters", trained.log
     )
     assert parameters and int(parameters[1].replace(",", "")) > 128 * 64
-    assert re.search(r"data: text.txt: \d+ documents, [\d,]+ tokens", trained.log)
-    assert "bf16 autocast, attention sdpa, 1 process(es) on cpu" in trained.log
+    assert re.search(r"data: text.txt: \d+ rows, [\d,]+ tokens", trained.log)
+    assert "bf16 autocast, attention sdpa, on cpu" in trained.log
 
 
 def test_loss_falls(trained):
@@ -118,6 +86,22 @@ def test_evaluation_reports_loss_and_masked_accuracy_beside_a_constant_guess(tra
     metrics = read_json(trained.folder, "eval_results.json")
     assert metrics["eval_loss"] < math.log(128)
     assert 0 < metrics["eval_commonest_token_accuracy"] < metrics["eval_masked_accuracy"] <= 1
+
+
+def test_the_log_says_how_fast_and_how_full(trained):
+    entries = [entry for entry in read_log(trained.folder) if "loss" in entry]
+    assert [entry["step"] for entry in entries] == list(range(20, STEPS + 1, 20))
+    for entry in entries:
+        # [CLS] the old man reads a long book [SEP], of which none is cut into pieces.
+        assert entry["mean_length"] == 9 and entry["padding_share"] == 0
+        assert entry["tokens_per_second"] == pytest.approx(9 * entry["samples_per_second"])
+        assert entry["samples_per_second"] > 0 and "mfu" not in entry
+
+
+def test_the_picture_shows_the_curves(trained):
+    pixels = matplotlib.image.imread(trained.folder / "training.png")
+    assert pixels.shape[:2] == (720, 1080) and pixels.std() > 0.05
+    assert "(training.png)" in (trained.folder / "README.md").read_text()
 
 
 def test_the_learning_rate_warms_up_for_six_per_cent_and_falls_to_zero(trained):
@@ -155,7 +139,7 @@ def test_the_model_card_holds_figures_of_the_run_and_an_example_that_runs(traine
     assert yaml.safe_load(front)["library_name"] == "transformers"
     metrics = read_json(trained.folder, "eval_results.json")
     assert f"| masked accuracy | {metrics['eval_masked_accuracy']:.1%} |" in card
-    assert f"{STEPS} steps of 16 documents" in card
+    assert f"{STEPS} steps of 16 rows" in card
 
     checks = """
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -210,7 +194,7 @@ def test_a_checkpoint_is_continued_from_a_stream(trained, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, tmp_path):
-    words = [*train_mlm.SPECIAL_TOKENS, *(f"word{i}" for i in range(200))]
+    words = [*prepare_data.SPECIAL_TOKENS, *(f"word{i}" for i in range(200))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     arguments = flags(
         model_name_or_path=trained.folder,
@@ -234,34 +218,6 @@ def test_demo_judges_the_model_that_the_embedded_text_made(tmp_path):
 
 
 # ---- without training ----
-
-
-@pytest.fixture(autouse=True)
-def own_data_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-def parse(*words, **values):
-    return train_mlm.parse([*words, *flags(output_dir="out", **values)])
-
-
-def test_the_defaults_are_the_recipe():
-    model, _, data, recipe = parse()
-    assert (data.mlm_probability, data.eval_mlm_probability) == (0.3, 0.15)
-    assert data.max_seq_length == 128
-    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon) == (0.9, 0.98, 1e-6)
-    # torch's AdamW multiplies decay by the learning rate, the recipe's 1e-5 is decoupled from it.
-    assert recipe.weight_decay * recipe.learning_rate == pytest.approx(1e-5)
-    assert recipe.lr_scheduler_type == "linear" and recipe.get_warmup_steps(70_000) == 4200
-    assert recipe.bf16 and model.low_precision_layernorm
-
-
-def test_warm_up_is_a_number_of_steps_or_a_share(monkeypatch):
-    recipe = parse(warmup_steps=7)[-1]
-    assert recipe.get_warmup_steps(1000) == 7
-    recipe.warmup_steps = 0.2
-    assert recipe.get_warmup_steps(1000) == 200
-    assert parse(warmup_share=0)[-1].get_warmup_steps(1000) == 0
 
 
 def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
@@ -295,82 +251,6 @@ def test_metrics_need_token_ids_only_and_count_masked_ones():
     assert metrics == {"masked_accuracy": 0.5, "commonest_token_accuracy": 1.0}
 
 
-def write_documents(folder: Path, suffix: str):
-    rows = datasets.Dataset.from_dict({"text": DOCUMENTS, "label": list(range(len(DOCUMENTS)))})
-    path = str(folder / f"rows{suffix}")
-    if suffix == ".txt":
-        Path(path).write_text("\n".join(DOCUMENTS))
-    else:
-        writers = {".csv": rows.to_csv, ".parquet": rows.to_parquet}
-        writers.get(suffix, rows.to_json)(path)
-    return path
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
-@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".parquet"])
-def test_every_format_gives_the_same_documents(tmp_path, suffix, streaming):
-    path = write_documents(tmp_path, suffix)
-    data = train_mlm.DataArguments(train_file=[path], streaming=streaming, validation_split=20)
-    train, validation = ([row["text"] for row in part] for part in train_mlm.load_documents(data))
-    assert sorted(train + validation) == sorted(DOCUMENTS)
-    assert len(validation) > 5 and not set(train) & set(validation)
-
-
-def test_files_come_by_pattern_and_validation_from_its_own_file(tmp_path):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(f"text of {name}\n")
-    (tmp_path / "held.csv").write_text("text\nheld out\n")
-    data = train_mlm.DataArguments(
-        train_file=[f"{tmp_path}/?.txt"], validation_file=[f"{tmp_path}/held.csv"]
-    )
-    train, validation = train_mlm.load_documents(data)
-    assert train["text"][:] == ["text of a.txt", "text of b.txt"]
-    assert validation["text"][:] == ["held out"]
-
-
-def test_a_dataset_keeps_its_own_validation_part(tmp_path):
-    for part in ("train", "validation"):
-        (tmp_path / f"{part}.jsonl").write_text(json.dumps({"text": part}) + "\n")
-    data = train_mlm.DataArguments(dataset_name=str(tmp_path))
-    assert [part["text"][:] for part in train_mlm.load_documents(data)] == [
-        ["train"],
-        ["validation"],
-    ]
-
-
-def test_the_embedded_text_shares_nothing_between_training_and_evaluation():
-    train, validation = embedded_text.embedded_passages()
-    assert len(train) > 3000 and len(validation) > 100
-    assert not set(train) & set(validation)
-
-
-def trained_tokenizer():
-    args = train_mlm.TokenizerArguments(vocab_size=100)
-    return train_mlm.train_tokenizer(iter(DOCUMENTS), args)
-
-
-def test_documents_are_cut_and_blank_ones_left_out():
-    data = train_mlm.DataArguments(max_seq_length=4)
-    rows = datasets.Dataset.from_dict({"text": ["", "the old man reads", None, " ", "a"]})
-    encoded = train_mlm.tokenize(train_mlm.with_text(rows, "text"), data, trained_tokenizer())
-    assert [len(ids) for ids in encoded["input_ids"]] == [4, 3]
-    assert encoded["special_tokens_mask"][:] == [[1, 0, 0, 1], [1, 0, 1]]
-
-
-def test_a_new_tokenizer_is_berts_kind():
-    tokenizer = trained_tokenizer()
-    assert tokenizer.all_special_ids == [tokenizer.vocab[t] for t in tokenizer.all_special_tokens]
-    assert [tokenizer.convert_tokens_to_ids(t) for t in train_mlm.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
-    pair = tokenizer("The man", "a Book")
-    assert tokenizer.decode(pair["input_ids"]) == "[CLS] the man [SEP] a book [SEP]"
-
-
-def test_berts_vocabulary_file_is_a_tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join([*train_mlm.SPECIAL_TOKENS, "the", "man", "##s"]))
-    tokenizer = train_mlm.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
-    assert tokenizer("The mans")["input_ids"] == [2, 5, 6, 7, 3]
-
-
 # ---- bad input ----
 
 
@@ -384,97 +264,54 @@ def test_an_output_folder_with_files_is_refused_and_kept(tmp_path):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("checkpoint", ["last", "missing/checkpoint-7"])
-def test_a_checkpoint_that_is_not_there_is_refused(tmp_path, checkpoint):
-    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=f"{checkpoint}: no such checkpoint; looked in {tmp_path}"):
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
+    recipe = train_mlm.RecipeArguments(
+        output_dir=str(tmp_path), resume_from_checkpoint="missing/checkpoint-7"
+    )
+    with pytest.raises(ValueError, match="missing/checkpoint-7: there is no such folder"):
         train_mlm.checkpoint_to_resume(recipe)
 
 
-def test_an_unknown_recipe_key_is_refused_with_the_nearest_one(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("hiden_size: 32\n")
-    with pytest.raises(ValueError, match="unknown key 'hiden_size'; see hidden_size"):
-        parse(str(tmp_path / "recipe.yaml"))
+def checkpoint_of(folder, step):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / "optimizer.pt").write_bytes(b"12345678")
+    mark_complete(checkpoint)
+    return checkpoint
 
 
-def test_an_unknown_flag_is_refused():
-    with pytest.raises(ValueError, match="--hiden_size"):
-        parse(hiden_size=32)
+def test_torn_checkpoints_are_named_and_passed_over(tmp_path, capsys):
+    good, short, lacking, unfinished = (checkpoint_of(tmp_path, i) for i in (9, 10, 11, 100))
+    (short / "optimizer.pt").write_bytes(b"1234")
+    (lacking / "optimizer.pt").unlink()
+    (unfinished / "complete.json").unlink()
+    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+    assert train_mlm.checkpoint_to_resume(recipe) == str(good)
+    said = capsys.readouterr().out
+    assert f"passed over {short}: optimizer.pt has 4 bytes of 8" in said
+    assert f"passed over {lacking}: optimizer.pt is missing" in said
+    assert f"passed over {unfinished}: it was not finished" in said
+    recipe.resume_from_checkpoint = str(short)
+    with pytest.raises(ValueError, match="checkpoint-10: optimizer.pt has 4 bytes of 8"):
+        train_mlm.checkpoint_to_resume(recipe)
+
+
+def test_last_starts_anew_where_no_checkpoint_is_complete_and_overwrites_nothing_else(
+    tmp_path, capsys
+):
+    recipe = train_mlm.RecipeArguments(
+        output_dir=str(tmp_path / "out"), resume_from_checkpoint="last"
+    )
+    assert train_mlm.checkpoint_to_resume(recipe) is None
+    assert "resuming from the start: there is no complete checkpoint" in capsys.readouterr().out
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="out is not empty"):
+        train_mlm.checkpoint_to_resume(recipe)
+    (checkpoint_of(tmp_path / "out", 3) / "complete.json").unlink()
+    assert train_mlm.checkpoint_to_resume(recipe) is None
 
 
 def test_output_dir_is_asked_for():
     with pytest.raises(ValueError, match="give --output_dir"):
-        train_mlm.parse([])
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_seq_length": 2}, "max_seq_length is 2.*at least 3"),
-        ({"validation_split": 0.0}, "validation_split is a percentage, got 0.0"),
-        (
-            {"train_file": ["a.txt"], "dataset_name": "b"},
-            "train_file or dataset_name .b., not both",
-        ),
-        ({"validation_file": ["a.txt"]}, "validation_file .* needs a train_file"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_data_arguments_that_contradict_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        train_mlm.DataArguments(**values)
-
-
-def load_one(path, **values):
-    data = train_mlm.DataArguments(train_file=[str(path)], **values)
-    return train_mlm.tokenize(train_mlm.load_documents(data)[0], data, trained_tokenizer())
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"there is no file {tmp_path}/none.txt"):
-        load_one(tmp_path / "none.txt")
-
-
-def test_an_empty_file_is_named(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=f"empty.*{tmp_path}/empty.txt"):
-        load_one(tmp_path / "empty.txt")
-
-
-def test_a_file_of_blank_lines_is_refused(tmp_path):
-    (tmp_path / "blank.txt").write_text("\n \n\n")
-    with pytest.raises(ValueError, match="blank.txt: no text is left"):
-        load_one(tmp_path / "blank.txt")
-
-
-def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path):
-    (tmp_path / "text.docx").write_text("text")
-    with pytest.raises(ValueError, match="text.docx: give files of one format of .txt, .json"):
-        load_one(tmp_path / "text.docx")
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streamed"])
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path, streaming):
-    path = write_documents(tmp_path, ".csv")
-    with pytest.raises(ValueError, match="--text_column body is not in the data.*text, label"):
-        load_one(path, text_column="body", streaming=streaming)
-
-
-@pytest.mark.parametrize("lacking", ["mask_token", "pad_token"])
-def test_a_tokenizer_that_cannot_mask_or_pad_is_refused(tmp_path, lacking):
-    roles = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
-    del roles[lacking]
-    vocabulary = {token: i for i, token in enumerate(train_mlm.SPECIAL_TOKENS)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    folder = str(tmp_path / "tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **roles).save_pretrained(
-        folder
-    )
-    with pytest.raises(ValueError, match=f"{folder} has no {lacking}.*--tokenizer_name"):
-        train_mlm.existing_tokenizer(folder, lowercase=True)
-
-
-def test_a_vocabulary_file_without_berts_tokens_is_refused(tmp_path):
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe")
-    with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
-        train_mlm.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
+        train_mlm.checkpoint_to_resume(train_mlm.RecipeArguments())

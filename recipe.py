@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pre-training run can be told: groups of arguments, read from a YAML recipe and from flags.
+
+Defaults are MosaicBERT's recipe at sequence length 128. train_mlm.py and prepare_data.py take the
+same recipes and flags; transformers' TrainingArguments are flags too.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def option(default, help):
+    return HfArg(default=default, help=help)
+
+
+@dataclass
+class ModelArguments:
+    """A checkpoint, or a new model described by config.json and the sizes given here."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = option(None, "checkpoint to continue from")
+    model_type: Literal["mosaic_bert", "bert"] = option(
+        "mosaic_bert", "bert: transformers' own, to compare with"
+    )
+    hidden_size: int | None = option(None, "of a new model; None, here and below: config.json's")
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    hidden_dropout_prob: float | None = option(
+        None, "None: the configuration's, a checkpoint's own"
+    )
+    attention_probs_dropout_prob: float | None = None
+    alibi_starting_size: int | None = option(
+        None, "length to prepare for, or positions of a bert; None: max_seq_length"
+    )
+    low_precision_layernorm: bool = option(True, "LayerNorm in autocast's dtype, not in float32")
+    attn_implementation: str | None = option(None, "None: the best that the device has")
+
+    def shape(self) -> dict:
+        """What describes a new model, as far as it is given."""
+        return self.given(
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+        )
+
+    def dropout(self) -> dict:
+        """Rates that replace the configuration's."""
+        return self.given("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+    def given(self, *names: str) -> dict:
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class TokenizerArguments:
+    """An existing tokenizer, or one trained on the training text."""
+
+    _argument_group_name = "tokenizer"
+
+    tokenizer_name: str | None = option(
+        None, "Hub id, folder or BERT's vocab.txt; None: the checkpoint's, or a new one"
+    )
+    train_tokenizer: Literal["wordpiece", "bpe"] | None = option(
+        None,
+        "wordpiece: words as BERT cuts them; bpe: of bytes, for DNA and for scripts without "
+        "spaces. None: wordpiece, where no other tokenizer is named",
+    )
+    vocab_size: int = option(30522, "most entries of a new tokenizer")
+    lowercase: bool | None = option(
+        None, "None: as a vocab.txt's entries are; of new ones, wordpiece does and bpe does not"
+    )
+
+    def __post_init__(self):
+        if self.train_tokenizer and self.tokenizer_name:
+            raise ValueError(
+                f"give --tokenizer_name {self.tokenizer_name} or --train_tokenizer "
+                f"{self.train_tokenizer}, not both"
+            )
+
+
+@dataclass
+class DataArguments:
+    """Documents, each cut at max_seq_length tokens, or packed."""
+
+    _argument_group_name = "data"
+
+    train_file: list[str] | None = option(
+        None,
+        "files or glob patterns: .txt (a document a line), .json(l), .csv, .parquet; or a folder "
+        "of MosaicML StreamingDataset shards",
+    )
+    validation_file: list[str] | None = option(None, "as train_file")
+    dataset_name: str | None = option(None, "Hub dataset, in place of train_file")
+    dataset_config_name: str | None = None
+    prepared_data: str | None = option(
+        None, "folder that prepare_data.py writes, in place of the above and of a tokenizer"
+    )
+    streaming: bool = option(False, "read while training; needs max_steps")
+    text_column: str = "text"
+    validation_split: float = option(5.0, "per cent held out if the data has no validation part")
+    max_eval_documents: int = option(10_000, "documents that an evaluation reads at most")
+    max_seq_length: int = 128
+    pack: bool = option(
+        False, "fill rows with several documents, which do not see each other, and cut none short"
+    )
+    preprocessing_num_workers: int | None = option(None, "processes that tokenize; None: all cores")
+    mlm_probability: float = option(0.3, "share of tokens masked in training")
+    eval_mlm_probability: float = option(0.15, "share of tokens masked in evaluation")
+
+    def __post_init__(self):
+        if self.max_seq_length < 3:
+            raise ValueError(
+                f"max_seq_length is {self.max_seq_length}: [CLS], a token and [SEP] need at least 3"
+            )
+        if self.train_file and self.dataset_name:
+            raise ValueError(f"give train_file or dataset_name ({self.dataset_name}), not both")
+        if self.validation_file and not (self.train_file or self.dataset_name):
+            raise ValueError(f"validation_file {self.validation_file} needs a train_file")
+        if not 0 < self.validation_split < 100:
+            raise ValueError(f"validation_split is a percentage, got {self.validation_split}")
+        for name in ("mlm_probability", "eval_mlm_probability"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is a share between 0 and 1, got {getattr(self, name):g}: the recipe "
+                    "masks 0.3 in training and 0.15 in evaluation"
+                )
+
+    def source(self) -> str:
+        """Where the documents come from, in words."""
+        name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        files = [Path(file).name for file in self.train_file or []]
+        return name or ", ".join(files or ["English text that CPython carries"])
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """TrainingArguments with MosaicBERT's recipe as defaults."""
+
+    output_dir: str = option("", "where the model goes: new, or empty")
+    overwrite: bool = option(False, "write into output_dir although it holds files")
+    resume_from_checkpoint: str | None = option(None, "a checkpoint's folder, or 'last'")
+    global_batch_size: int | None = option(
+        None,
+        "rows of an optimizer step on all devices together, the recipe's are 4096; split into "
+        "micro-batches. None: per_device_train_batch_size on each",
+    )
+    per_device_train_batch_size: int = option(64, "most rows that a device takes at once")
+    per_device_eval_batch_size: int = 64
+    learning_rate: float = option(5e-4, "at its peak")
+    lr_end: float = option(0.0, "at the end, as a share of the peak; 0.02 in the published YAML")
+    warmup_share: float = option(0.06, "of all steps, unless warmup_steps is above 0")
+    decoupled_weight_decay: float = option(
+        1e-5, "at the peak learning rate a step multiplies each weight by 1 minus this"
+    )
+    weight_decay: float | None = option(
+        None, "of torch's AdamW; None: decoupled_weight_decay / learning_rate, the same thing"
+    )
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    optim: str = "adamw_torch_fused"
+    max_grad_norm: float = option(0.0, "clips gradients; the recipe does not (0)")
+    bf16: bool | None = option(None, "bfloat16 autocast; None: where the device has it")
+    cpu_threads: int | None = option(None, "of each process on the CPU; None: all, shared equally")
+    dataloader_num_workers: int | None = option(None, "None: 4 beside a GPU, none on a CPU")
+    logging_steps: float = 50
+    # The filter would wait for the device at every step, and hide what should stop the run.
+    logging_nan_inf_filter: bool = False
+    divergence: float = option(
+        2.0, "nats that the loss between two logs may be above the lowest so far; more stops"
+    )
+    peak_tflops: float | None = option(
+        None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
+    )
+    # Every parameter is used in every step.
+    ddp_find_unused_parameters: bool | None = False
+    report_to: str = "none"
+    # Rows hold what the collator needs, which are no arguments of the model.
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        if getattr(self, "warmup_ratio", None):
+            raise ValueError(f"give --warmup_share {self.warmup_ratio} instead of --warmup_ratio")
+        if self.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit must be at least 2: with 1 the only complete checkpoint is gone "
+                "before the next is known to be complete"
+            )
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
+        if self.weight_decay is None:
+            self.weight_decay = self.decoupled_weight_decay / (self.learning_rate or 1)
+        if self.lr_end:
+            self.lr_scheduler_type = "polynomial"
+            self.lr_scheduler_kwargs = {"lr_end": self.lr_end * self.learning_rate, "power": 1.0}
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else 4
+        # accelerate reads it: one graph for any number of tokens.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+        super().__post_init__()
+        if self.global_batch_size is not None:
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
+                self.global_batch_size, self.world_size, self.per_device_train_batch_size
+            )
+
+    def rows_per_step(self) -> int:
+        """Rows that an optimizer step sees on all devices together."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def share_of_warmup(self) -> float:
+        """The share of all steps; a warmup_steps below 1 is one too, as in transformers 5."""
+        return self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_share
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
+
+
+def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step), for each device.
+
+    Args:
+        rows: of an optimizer step, on all devices. most: of a micro-batch.
+
+    Raises:
+        ValueError: rows cannot be shared equally, or only in micro-batches of less than half of
+            what a device could take; it names the nearest numbers that can.
+    """
+    share, rest = divmod(rows, devices)
+    largest = min(most, share)
+    micro = next((m for m in range(largest, 0, -1) if share % m == 0), 0)
+    if rest or 2 * micro < largest or not micro:
+        step = devices * most if share >= most else devices
+        near = sorted({max(rows // step, 1) * step, (rows // step + 1) * step})
+        raise ValueError(
+            f"global_batch_size {rows} cannot be split over {devices} devices in micro-batches of "
+            f"at most {most} rows each (--per_device_train_batch_size): the nearest that can is "
+            f"{' or '.join(map(str, near))}"
+        )
+    return micro, share // micro
+
+
+def parse(argv: list[str]):
+    """The groups of arguments, from `[recipe.yaml] [--flag value ...]`; flags come last and win."""
+    groups = (ModelArguments, TokenizerArguments, DataArguments, RecipeArguments)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        known = {field.name for group in groups for field in fields(group)}
+        argv = recipe_flags(argv[0], known) + argv[1:]
+    return HfArgumentParser(groups).parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def recipe_flags(path: str, known: set[str]) -> list[str]:
+    """A YAML recipe as command-line flags, so that the same rules read both."""
+    flags = []
+    for key, value in (yaml.safe_load(Path(path).read_text()) or {}).items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known) or ["--help, which lists them all"]
+            raise ValueError(f"{path}: unknown key {key!r}; see {' or '.join(near)}")
+        values = value if isinstance(value, list) else [value]
+        words = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values if v is not None]
+        flags += [f"--{key}", *words] if words else []
+    return flags

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""recipe.py: defaults, how a global batch is split, and what is refused."""
+
+import pytest
+import torch
+import transformers
+import yaml
+from training import ROOT, flags
+
+import recipe
+
+
+def parse(*words, **values):
+    return recipe.parse([*words, *flags(output_dir="out", **values)])
+
+
+def test_the_defaults_are_the_recipe():
+    model, _, data, args = parse()
+    assert (data.mlm_probability, data.eval_mlm_probability) == (0.3, 0.15)
+    assert data.max_seq_length == 128
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-6)
+    # torch's AdamW multiplies decay by the learning rate, the recipe's 1e-5 is decoupled from it.
+    assert args.weight_decay * args.learning_rate == pytest.approx(1e-5)
+    assert args.lr_scheduler_type == "linear" and args.get_warmup_steps(70_000) == 4200
+    assert args.bf16 and model.low_precision_layernorm
+
+
+def test_warm_up_is_a_number_of_steps_or_a_share(monkeypatch):
+    args = parse(warmup_steps=7)[-1]
+    assert args.get_warmup_steps(1000) == 7
+    args.warmup_steps = 0.2
+    assert args.get_warmup_steps(1000) == 200
+    assert parse(warmup_share=0)[-1].get_warmup_steps(1000) == 0
+
+
+def test_an_unknown_recipe_key_is_refused_with_the_nearest_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("hiden_size: 32\n")
+    with pytest.raises(ValueError, match="unknown key 'hiden_size'; see hidden_size"):
+        parse(str(tmp_path / "recipe.yaml"))
+
+
+def test_an_unknown_flag_is_refused():
+    with pytest.raises(ValueError, match="--hiden_size"):
+        parse(hiden_size=32)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_seq_length": 2}, "max_seq_length is 2.*at least 3"),
+        ({"validation_split": 0.0}, "validation_split is a percentage, got 0.0"),
+        (
+            {"train_file": ["a.txt"], "dataset_name": "b"},
+            "train_file or dataset_name .b., not both",
+        ),
+        ({"validation_file": ["a.txt"]}, "validation_file .* needs a train_file"),
+        ({"mlm_probability": 30.0}, "mlm_probability is a share between 0 and 1, got 30"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_data_arguments_that_contradict_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.DataArguments(**values)
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "most", "expected"),
+    [
+        (4096, 8, 128, (128, 4)),
+        (4096, 1, 64, (64, 64)),
+        (4096, 8, 1000, (512, 1)),
+        (96, 2, 32, (24, 2)),
+        (8, 8, 64, (1, 1)),
+    ],
+)
+def test_a_global_batch_is_split_over_devices_and_micro_batches(rows, devices, most, expected):
+    micro, accumulated = recipe.split_batch(rows, devices, most)
+    assert (micro, accumulated) == expected
+    assert micro * accumulated * devices == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "most", "near"),
+    [(4096, 3, 64, "3840 or 4032|4032 or 4224"), (4, 8, 64, "8"), (254, 2, 64, "128 or 256")],
+    ids=["3 devices", "fewer rows than devices", "127 is prime"],
+)
+def test_an_impossible_split_is_refused_with_the_nearest(rows, devices, most, near):
+    message = f"global_batch_size {rows} .* {devices} devices .* at most {most} .*is ({near})$"
+    with pytest.raises(ValueError, match=message):
+        recipe.split_batch(rows, devices, most)
+    for proposal in near.split("|")[-1].split(" or "):
+        recipe.split_batch(int(proposal), devices, most)
+
+
+def test_a_global_batch_sets_micro_batch_and_accumulation():
+    args = parse(global_batch_size=96, per_device_train_batch_size=40)[-1]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (32, 3)
+    assert args.rows_per_step() == 96
+
+
+def test_decay_is_decoupled_from_the_learning_rate():
+    """What Composer's AdamW does at the peak: a factor of 1 - 1e-5, whatever the rate."""
+    for rate in (5e-4, 2e-3):
+        args = parse(learning_rate=rate)[-1]
+        weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=args.weight_decay)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        assert torch.allclose(weight, torch.full_like(weight, 1 - 1e-5), rtol=1e-15, atol=0)
+    assert parse(weight_decay=0.1)[-1].weight_decay == 0.1
+
+
+def test_the_rate_falls_to_the_share_of_the_peak_that_is_asked_for():
+    args = parse(lr_end=0.02, learning_rate=1e-3, max_steps=100)[-1]
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=args.learning_rate)
+    schedule = transformers.get_scheduler(
+        args.lr_scheduler_type, optimizer, 10, 100, args.lr_scheduler_kwargs
+    )
+    rates = []
+    for _ in range(101):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    # Linear in between, as the published schedule is.
+    assert rates[10] == 1e-3 and rates[55] == pytest.approx(0.51e-3)
+    assert rates[100] == pytest.approx(2e-5)
+
+
+def test_one_checkpoint_is_too_few_to_keep():
+    with pytest.raises(ValueError, match="save_total_limit must be at least 2"):
+        parse(save_total_limit=1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda x: x.stem)
+def test_every_recipe_is_understood(path):
+    model, tokenizer, data, args = recipe.parse([str(path)])
+    given = yaml.safe_load(path.read_text())
+    assert args.output_dir == given["output_dir"] and args.max_steps == given["max_steps"]
+    if "base" in path.stem or "large" in path.stem:
+        # 70,000 steps of 4,096, as the paper's.
+        assert args.rows_per_step() == 4096 and args.max_steps == 70_000
+        assert str(data.max_seq_length) == path.stem.split("-")[-1]

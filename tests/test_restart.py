@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of train_mlm.py that are killed, stopped, spread over processes, or fail: the losses of a
+resumed run are those of one that was never interrupted, to the bit."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import ACCELERATE, DOCUMENTS, ROOT, SIZES, command_of, flags, read_log, run
+
+import train_mlm
+from train_callbacks import newest_checkpoint
+
+STEPS = 30
+# Epochs of four steps, dropout, two micro-batches a step, a checkpoint every three steps.
+RUN = SIZES | {
+    "train_file": "text.txt",
+    "validation_split": 20,
+    "max_seq_length": 16,
+    "global_batch_size": 16,
+    "per_device_train_batch_size": 8,
+    "max_steps": STEPS,
+    "learning_rate": 3e-3,
+    "cpu_threads": 1,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "output_dir": "out",
+}
+RESUME = flags(resume_from_checkpoint="last")
+
+
+def losses(folder) -> dict[int, float]:
+    entries = read_log(folder)
+    by_step = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    assert len(by_step) == sum("loss" in entry for entry in entries), "a step is logged twice"
+    return by_step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the text, the tokenizer and an uninterrupted run."""
+    cwd = tmp_path_factory.mktemp("whole")
+    (cwd / "text.txt").write_text("\n".join(DOCUMENTS))
+    run(cwd, ROOT / "train_mlm.py", *flags(**RUN))
+    assert list(losses(cwd / "out")) == list(range(1, STEPS + 1))
+    return cwd
+
+
+def arguments(whole, **values):
+    same = {"train_file": whole / "text.txt", "tokenizer_name": whole / "out"}
+    return [ROOT / "train_mlm.py", *flags(**RUN | same | values)]
+
+
+def start(cwd, *words):
+    return subprocess.Popen(
+        **command_of(cwd, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until(condition, process):
+    """Looks as often as it can, so as not to miss what lasts milliseconds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(2e-4)
+
+
+def test_a_run_that_is_killed_again_and_again_has_the_losses_of_a_whole_one(whole, tmp_path):
+    out, command, generator = tmp_path / "out", arguments(whole), random.Random(4)
+    log = out / "log.jsonl"
+
+    # At a random step.
+    step = generator.randint(4, 12)
+    process = start(tmp_path, *command, *RESUME)
+    wait_until(lambda: log.exists() and log.read_text().count("\n") >= step, process)
+    process.kill()
+    assert "resuming from the start" in process.communicate()[0]
+
+    # During a save: the folder is there, the mark that it is complete is not.
+    torn = out / f"checkpoint-{generator.choice((18, 21))}"
+    process = start(tmp_path, *command, *RESUME)
+    wait_until(torn.exists, process)
+    process.kill()
+    process.wait()
+    assert not (torn / "complete.json").exists()
+    complete, _ = newest_checkpoint(out)
+    assert complete and complete != torn
+
+    said = run(tmp_path, *command, *RESUME)
+    assert f"passed over out/{torn.name}: it was not finished" in said
+    assert f"resuming from out/{complete.name}" in said
+    assert losses(out) == losses(whole / "out")
+    weights, expected = (load_file(x / "out" / "model.safetensors") for x in (tmp_path, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_sigterm_saves_and_exits_cleanly(whole, tmp_path):
+    out, command = tmp_path / "out", arguments(whole, save_steps=1000)
+    process = start(tmp_path, *command)
+    wait_until((out / "log.jsonl").exists, process)
+    wait_until(lambda: (out / "log.jsonl").read_text().count("\n") >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    complete, torn = newest_checkpoint(out)
+    step = int(complete.name.split("-")[1])
+    assert 5 <= step < STEPS and not torn
+    assert f"stopped by SIGTERM after step {step}, which is saved" in said
+    # The model in the folder itself is that of a finished run.
+    assert not (out / "model.safetensors").exists()
+    run(tmp_path, *command, *RESUME)
+    assert losses(out) == losses(whole / "out")
+
+
+def test_a_stream_is_resumed_to_the_bit(whole, tmp_path):
+    values = {"max_steps": 12, "dataloader_num_workers": 1}
+    command = [*arguments(whole, **values), "--streaming"]
+    log = run(tmp_path, *command)
+    expected = losses(tmp_path / "out")
+    for step in (9, 12):
+        (tmp_path / "out" / f"checkpoint-{step}" / "complete.json").unlink()
+    log = run(tmp_path, *command, *RESUME)
+    assert "resuming from out/checkpoint-6" in log
+    assert losses(tmp_path / "out") == expected and len(expected) == 12
+
+
+@pytest.mark.parametrize("model_type", ["mosaic_bert", "bert"])
+def test_two_processes_have_the_losses_of_one(whole, tmp_path, model_type):
+    # Full batches only: several processes repeat documents to fill the last one of an epoch.
+    (tmp_path / "train.txt").write_text("\n".join(DOCUMENTS[:64]))
+    (tmp_path / "held_out.txt").write_text("\n".join(DOCUMENTS[64:]))
+    values = {"train_file": "train.txt", "validation_file": "held_out.txt", "max_steps": 20}
+    values |= {"model_type": model_type, "bf16": False}
+    values |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    run(tmp_path, *arguments(whole, **values, output_dir="one"))
+    config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
+    log = run(tmp_path, *ACCELERATE, *config, *arguments(whole, **values, output_dir="two"))
+    assert "split: 2 process(es) x 8 rows x 1 micro-batches" in log
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20
+    # Sums in another order: 2 ** -24 for each, amplified by 20 steps of training.
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+# ---- in this process ----
+
+
+@pytest.fixture
+def train(whole, tmp_path, monkeypatch):
+    """Runs train_mlm.py with these flags in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(**values):
+        command = arguments(whole, **{"max_steps": 8} | values)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        train_mlm.main()
+
+    return main
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(train, tmp_path, monkeypatch):
+    step, compute_loss = 5, train_mlm.MlmTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        bad = self.state.global_step == step - 1
+        return compute_loss(self, *args, **kwargs) * (float("nan") if bad else 1)
+
+    monkeypatch.setattr(train_mlm.MlmTrainer, "compute_loss", poisoned)
+    with pytest.raises(
+        FloatingPointError, match="stopped in step 5: the loss is nan.*learning_rate"
+    ):
+        train(save_steps=1)
+    batch = load_file(tmp_path / "out" / "step-5-process-0.safetensors")
+    assert batch["input_ids"].shape == batch["labels"].shape and len(batch["labels"]) == 8
+    # The step's own checkpoint would hold weights that are not finite.
+    complete, torn = newest_checkpoint(tmp_path / "out")
+    assert complete.name == "checkpoint-4" and not torn
+
+
+def test_a_loss_that_rises_stops_the_run(train, tmp_path, monkeypatch):
+    compute_loss = train_mlm.MlmTrainer.compute_loss
+
+    def rising(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) + (2.0 if self.state.global_step == 5 else 0)
+
+    monkeypatch.setattr(train_mlm.MlmTrainer, "compute_loss", rising)
+    with pytest.raises(FloatingPointError, match=r"stopped in step 6: the loss rose from .* 1.5"):
+        train(divergence=1.5, learning_rate=1e-6)
+    assert (tmp_path / "out" / "step-6-process-0.safetensors").exists()
+
+
+def test_a_full_disk_is_an_error_that_says_what_is_intact(train, tmp_path):
+    (tmp_path / "out" / "checkpoint-6").mkdir(parents=True)
+    # Whatever is written there finds no space left on the device.
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="checkpoint-6 could not be written.*checkpoint-3.*Make room"):
+        train(overwrite=True)
+    assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-3"

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of training share: a tiny corpus, a model's sizes, and runs of the scripts in
+processes of their own, offline, with caches of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import prepare_data
+from recipe import TokenizerArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 150,
+}
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+DOCUMENTS = [
+    f"the {age} {reader} reads a {size} book"
+    for age in ("old", "young", "tall", "small", "wise")
+    for reader in ("man", "woman", "child", "teacher")
+    for size in ("long", "short", "new", "green")
+]
+
+
+def command_of(cwd: Path, *words) -> dict:
+    """Arguments for subprocess: `python *words` in cwd."""
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cwd / "hf"),
+        "HF_MODULES_CACHE": str(cwd / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {"args": [sys.executable, *(str(word) for word in words)], "cwd": cwd, "env": env}
+
+
+def run(cwd: Path, *words, fails=False) -> str:
+    """Output of `python *words` in cwd."""
+    done = subprocess.run(**command_of(cwd, *words), capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
+
+
+def flags(**values) -> list[str]:
+    return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
+
+
+def read_json(*path):
+    return json.loads(Path(*path).read_text())
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def trained_tokenizer(**values):
+    args = TokenizerArguments(**{"vocab_size": 100} | values)
+    return prepare_data.train_tokenizer(iter(DOCUMENTS), args)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes on around a training step: throughput, checkpoints that are known to be whole, a clean
+stop on SIGTERM, the log on disk and its picture. Trainer callbacks, for train_mlm.py.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+# Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name. The first match counts.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+COMPLETE = "complete.json"
+
+
+class Throughput(TrainerCallback):
+    """Counts what training reads, and how fast, between two logs.
+
+    Model FLOP of n tokens in sequences of lengths s, m of them with a label, by a model of L layers
+    of width dim with P matmul weights each:
+
+        3 * (2 * L * P * n + 4 * L * dim * sum(s ** 2) + 2 * (dim ** 2 + dim * vocab) * m)
+
+    that is 2 per weight or score and multiplication, the backward pass taken as twice the forward,
+    logits for labels only, and nothing for padding (shared with the literature: Chowdhery et al.
+    2022, appendix B). MFU divides it by time and by the peak of all devices. Evaluating and saving
+    take no part in the time.
+
+    Args:
+        model: BertForMaskedLM, ours or transformers'.
+        peak_tflops: of one device; None: that of PEAK_TFLOPS, or no MFU if it is not there.
+    """
+
+    def __init__(self, model: nn.Module, peak_tflops: float | None):
+        config = model.config
+        layers = [x for x in model.bert.encoder.modules() if isinstance(x, nn.Linear)]
+        dim = config.hidden_size
+        self.flop = 3 * torch.tensor(
+            [
+                2 * sum(x.weight.numel() for x in layers),
+                4 * config.num_hidden_layers * dim,
+                2 * (dim**2 + dim * config.vocab_size),
+            ],
+            dtype=torch.float64,
+        )
+        self.peak_tflops = peak_tflops or known_peak(model.device)
+        self.since = None
+        self.reset()
+
+    def reset(self):
+        self.counted, self.seconds = None, 0.0
+        self.places = self.rows = self.sequences = 0
+
+    def count(self, inputs: dict[str, Tensor]):
+        """Adds a micro-batch; waits for nothing on the device."""
+        labels = inputs["labels"]
+        if "batch" in inputs:
+            lengths = inputs["batch"]["cu_seqlens"].diff()
+        else:
+            lengths = inputs["attention_mask"].sum(1)
+        lengths = lengths.float()
+        counted = torch.stack([lengths.sum(), (lengths**2).sum(), (labels != -100).sum().float()])
+        self.counted = counted.double() + (0 if self.counted is None else self.counted)
+        # These the host knows.
+        self.places += labels.numel()
+        self.rows += len(labels)
+        self.sequences += len(lengths)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds += now - (self.since or now)
+        self.since = now
+
+    def restart_clock(self, args, state, control, **kwargs):
+        self.since = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = restart_clock
+
+    def report(self, accelerator) -> dict[str, float]:
+        """Figures since the last report, of all processes together; every process must call it."""
+        if self.counted is None or not self.seconds:
+            return {}
+        known = self.counted.new_tensor([self.places, self.rows, self.sequences])
+        counts = accelerator.reduce(torch.cat([self.counted, known]), "sum").tolist()
+        tokens, _, _, places, rows, sequences = counts
+        figures = {
+            "tokens_per_second": tokens / self.seconds,
+            "samples_per_second": rows / self.seconds,
+            "mean_length": tokens / sequences,
+            "padding_share": 1 - tokens / places,
+        }
+        if self.peak_tflops:
+            flop = float(self.flop @ torch.tensor(counts[:3], dtype=torch.float64))
+            peak = 1e12 * self.peak_tflops * accelerator.num_processes
+            figures["mfu"] = flop / self.seconds / peak
+        if torch.cuda.is_available():
+            figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.reset()
+        return figures
+
+
+def known_peak(device: torch.device) -> float | None:
+    """Dense bf16 TFLOP/s of a device of PEAK_TFLOPS, None for others."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM, which schedulers send before they take a machine: finishes the step, has a
+    checkpoint saved, and ends the training.
+
+    Several processes agree on the step, as the signal may reach them in different ones: each tells
+    the others at the end of a step and hears of it at the end of the next, so that nobody waits.
+    """
+
+    def __init__(self):
+        self.received = self.stopped = False
+        self.pending = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed(args):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def agreed(self, args) -> bool:
+        if args.world_size == 1:
+            return self.received
+        previous, flag = self.pending, torch.tensor(float(self.received), device=args.device)
+        self.pending = flag, torch.distributed.all_reduce(flag, async_op=True)
+        if previous is None:
+            return False
+        previous[1].wait()
+        return previous[0].item() > 0
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete once every process has written its part.
+
+    Args:
+        streams: the loader has a place in a stream, to be kept with the checkpoint.
+    """
+
+    def __init__(self, streams: bool):
+        self.streams = streams
+
+    def on_save(self, args, state, control, train_dataloader=None, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.streams:
+            place = {"processes": args.world_size, "loader": train_dataloader.state_dict()}
+            torch.save(place, folder / f"stream-{args.process_index}.pt")
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            mark_complete(folder)
+
+    @staticmethod
+    def load_place(loader, checkpoint: str, args):
+        """Puts a loader where it was. ValueError: the stream was shared by other processes."""
+        file = Path(checkpoint, f"stream-{args.process_index}.pt")
+        place = torch.load(file) if file.is_file() else {"processes": "no stream and no"}
+        if place["processes"] != args.world_size:
+            raise ValueError(
+                f"{checkpoint} was written by {place['processes']} processes, this run has "
+                f"{args.world_size}: a stream is resumed by as many as shared it"
+            )
+        loader.load_state_dict(place["loader"])
+
+
+def mark_complete(folder: Path):
+    """Writes the names and sizes of a checkpoint's files into it, in one step."""
+    sizes = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    partial = folder / f"{COMPLETE}.partial"
+    partial.write_text(json.dumps(sizes, indent=2))
+    partial.replace(folder / COMPLETE)
+
+
+def what_is_torn(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, None if it is whole."""
+    try:
+        sizes = json.loads((folder / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return f"it was not finished, {COMPLETE} is missing"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def newest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint, what is wrong with each newer one)."""
+    torn = []
+    folders = [x for x in output_dir.glob("checkpoint-*") if x.name.split("-")[1].isdigit()]
+    for folder in sorted(folders, key=lambda x: int(x.name.split("-")[1]), reverse=True):
+        if not (reason := what_is_torn(folder)):
+            return folder, torn
+        torn.append(f"{folder}: {reason}")
+    return None, torn
+
+
+class MaskEpoch(TrainerCallback):
+    """Tells the collator the epoch, so that each masks other tokens."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch.fill_(int(state.epoch or 0))
+
+
+class LogFile(TrainerCallback):
+    """log.jsonl in the output folder: a line for each log, and none twice after resuming."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.write(args, state.log_history, "w")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.write(args, state.log_history[-1:], "a")
+
+    @staticmethod
+    def write(args, entries, mode):
+        if args.process_index == 0:
+            os.makedirs(args.output_dir, exist_ok=True)
+            with open(Path(args.output_dir, "log.jsonl"), mode) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def draw_training(log_history: list[dict], path: Path, title: str):
+    """A picture of loss, masked accuracy, learning rate and tokens/s against the step."""
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss (nats)": ("loss", "eval_loss"),
+        "masked tokens guessed": ("eval_masked_accuracy", "eval_commonest_token_accuracy"),
+        "learning rate": ("learning_rate",),
+        "tokens per second": ("tokens_per_second",),
+    }
+    names = {
+        "loss": "training",
+        "eval_loss": "held out",
+        "eval_masked_accuracy": "the model",
+        "eval_commonest_token_accuracy": "always the commonest token",
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(2, 2, sharex=True).flat
+    for axes, (label, keys) in zip(grid, panels.items(), strict=True):
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                marker = "." if len(points) < 30 else ""
+                axes.plot(*zip(*points, strict=True), marker=marker, label=names.get(key))
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=None if "loss" in label else 0)
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend()
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)
