@@ -6,8 +6,9 @@ evaluation asks for) on rows of 64 tokens, and evaluates both on the same long d
 to 1024 tokens: held-out loss at 15 % masked tokens, of the whole row. On a CPU both train at the
 same time, each on a core of its own.
 
-    python benchmarks/extrapolation.py --train_file wiki.train.txt.xz --tokenizer vocab.txt \
-        --validation_file wiki.valid.txt --output_dir runs/extrapolation
+    python prepare_data.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
+        --vocab_size 4096 --max_seq_length 64 --prepared_data runs/wiki-64
+    python benchmarks/extrapolation.py --prepared_data runs/wiki-64 --documents wiki.valid.txt
 
 Writes extrapolation.jsonl, a record for each model, and extrapolation.png; prints a table. The last
 line is JSON: the loss of each model at each length.
@@ -27,26 +28,24 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 sys.path.append(str(ROOT))
 from prepare_data import load_files  # noqa: E402
 
-NAMES = {"mosaic_bert": "MosaicBERT, ALiBi", "bert": "BERT, learned positions"}
+# Trained on the first, evaluated on all.
 LENGTHS = (64, 128, 256, 512, 1024)
+NAMES = {"mosaic_bert": "MosaicBERT, ALiBi", "bert": "BERT, learned positions"}
 
 
 def recipes(args) -> dict[str, dict]:
     """Flags of train_mlm.py for each model; the MLPs have as many weights in both."""
     shared = {
-        "train_file": args.train_file,
-        "validation_file": args.validation_file,
-        "tokenizer_name": args.tokenizer,
-        "max_seq_length": args.trained_length,
+        "prepared_data": args.prepared_data,
+        "max_seq_length": LENGTHS[0],
         "alibi_starting_size": max(LENGTHS),
-        "max_eval_documents": 500,
         "hidden_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "global_batch_size": 128,
-        "per_device_train_batch_size": 128,
+        "global_batch_size": 64,
+        "per_device_train_batch_size": 64,
         "max_steps": args.steps,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "save_strategy": "no",
     }
     return {
@@ -79,15 +78,15 @@ def masked_loss(model, ids: torch.Tensor, mask_id: int, special: list[int]) -> t
     return loss / count, right / count
 
 
-def draw(losses: dict[str, dict[int, float]], trained_length: int, path: Path):
+def draw(losses: dict[str, dict[int, float]], path: Path):
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, by_length in losses.items():
         axes.plot(list(by_length), list(by_length.values()), marker="o", label=NAMES[name])
-    axes.axvline(trained_length, linestyle=":", color="gray")
+    axes.axvline(LENGTHS[0], linestyle=":", color="gray")
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
-    axes.set_xlabel(f"tokens read (trained on {trained_length})")
+    axes.set_xlabel(f"tokens read (trained on {LENGTHS[0]})")
     axes.set_ylabel("held-out loss, 15 % masked (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -98,14 +97,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train_file", required=True)
-    parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--prepared_data", required=True, help="folder of prepare_data.py")
+    parser.add_argument("--documents", required=True, help="held-out text, a document a line")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/extrapolation"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--trained_length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--count", type=int, default=100, help="of documents read")
     args = parser.parse_args()
 
     plan = recipes(args)
@@ -116,7 +113,7 @@ def main():
         model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        ids = long_documents(args.validation_file, tokenizer, max(LENGTHS), args.documents)
+        ids = long_documents(args.documents, tokenizer, max(LENGTHS), args.count)
         figures[name] = {
             length: masked_loss(
                 model, ids[:, :length], tokenizer.mask_token_id, tokenizer.all_special_ids
@@ -126,10 +123,10 @@ def main():
     losses = {name: {k: loss for k, (loss, _) in x.items()} for name, x in figures.items()}
     with open(args.results / "extrapolation.jsonl", "a") as file:
         for name, by_length in figures.items():
-            facts = {"model": name, "trained_length": args.trained_length, "documents": len(ids)}
+            facts = {"model": name, "trained_length": LENGTHS[0], "documents": len(ids)}
             results = {"loss": losses[name], "accuracy": {k: a for k, (_, a) in by_length.items()}}
             file.write(json.dumps(facts | environment() | results) + "\n")
-    draw(losses, args.trained_length, args.results / "extrapolation.png")
+    draw(losses, args.results / "extrapolation.png")
 
     print(f"{'loss (accuracy) at':<26}" + "".join(f"{length:>16}" for length in LENGTHS))
     for name, by_length in figures.items():

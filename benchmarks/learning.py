@@ -6,8 +6,9 @@ the MLPs (the gated one has three matrices, so it is two thirds as wide) by the 
 same text in the same order, masked alike. On a CPU both run at the same time, each on a core of its
 own. Held-out loss is at 15 % masked tokens, of which both are shown the same.
 
-    python benchmarks/learning.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
-        --tokenizer vocab.txt --output_dir runs/learning
+    python prepare_data.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
+        --vocab_size 4096 --prepared_data runs/wiki-128
+    python benchmarks/learning.py --prepared_data runs/wiki-128
 
 Writes learning.jsonl, a record for each model with its curve, and learning.png; prints a table. The
 last line is JSON: seconds and tokens that BERT and MosaicBERT needed to the loss BERT ended at.
@@ -29,11 +30,7 @@ def recipes(args) -> dict[str, dict]:
     """Flags of train_mlm.py for each model."""
     width = args.hidden_size
     shared = {
-        "train_file": args.train_file,
-        "validation_file": args.validation_file,
-        "tokenizer_name": args.tokenizer,
-        "max_seq_length": 128,
-        "max_eval_documents": 1000,
+        "prepared_data": args.prepared_data,
         "hidden_size": width,
         "num_hidden_layers": args.layers,
         "num_attention_heads": width // 64,
@@ -85,12 +82,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train_file", required=True)
-    parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--prepared_data", required=True, help="folder of prepare_data.py")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
