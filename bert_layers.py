@@ -534,7 +534,8 @@ class BertEncoder(nn.Module):
             output_attentions,
             dropout=self.training and self.config.attention_probs_dropout_prob > 0,
         )
-        if len(hidden_states) == 0:
+        # Not len(), which torch.export takes for a constant.
+        if hidden_states.shape[0] == 0:
             # Kernels want at least one sequence; eager takes none.
             backend = "eager"
         elif backend == "triton":
