@@ -7,8 +7,8 @@ stand side by side. An exported graph keeps padding, ours leaves it out.
 
     python benchmarks/export_onnx.py [--threads 1] [--rounds 15] [--layers 12]
 
-Prints a line for each batch, appended to results/export_onnx.jsonl too: milliseconds of both, with 20
-and 80 % quantiles, and ours / ONNX Runtime's.
+Prints a line for each batch, appended to results/export_onnx.jsonl too: milliseconds of both, with
+20 and 80 % quantiles, and ours / ONNX Runtime's.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def main():
         inputs = make_inputs(seqlen, lengths)
         arrays = {key: x.numpy() for key, x in inputs.items()}
         runs = {
-            "ours": lambda inputs=inputs: model(**inputs).last_hidden_state,
-            "onnxruntime": lambda arrays=arrays: torch.from_numpy(session.run(None, arrays)[0]),
+            "ours_ms": lambda inputs=inputs: model(**inputs).last_hidden_state,
+            "onnxruntime_ms": lambda arrays=arrays: torch.from_numpy(session.run(None, arrays)[0]),
         }
         times = {key: [] for key in runs}
         with torch.no_grad():
@@ -105,9 +105,9 @@ def main():
                     run()
                     times[key].append(time.perf_counter() - began)
         medians = {key: quantiles(x) for key, x in times.items()}
-        ratio = round(medians["ours"][0] / medians["onnxruntime"][0], 2)
+        ratio = round(medians["ours_ms"][0] / medians["onnxruntime_ms"][0], 2)
         row = {"batch": name, "shape": [8, seqlen], "tokens": sum(lengths), **medians}
-        line = json.dumps(row | {"ours / onnxruntime": ratio} | facts)
+        line = json.dumps(row | {"ours/onnxruntime": ratio} | facts)
         print(line)
         with open(ROOT / "benchmarks" / "results" / "export_onnx.jsonl", "a") as file:
             file.write(line + "\n")
