@@ -161,7 +161,10 @@ def parse_args(argv=None):
     hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
     hub.add_argument("--private", action="store_true", help="only to a private repository")
     hub.add_argument("--revision", help="branch to upload to, made if it is not there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.private or args.revision) and not args.push_to_hub:
+        parser.error("--private and --revision need --push_to_hub")
+    return args
 
 
 def convert(

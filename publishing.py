@@ -268,8 +268,8 @@ def publish(
         # The message may quote a request; no token leaves with it, nor with its cause.
         reason = f"{type(error).__name__}: {error}".replace(get_token() or "\0", "[token]")
         raise OSError(
-            f"{folder} was not uploaded to {repo_id}, and is as it was ({reason}). Log in with "
-            "`hf auth login`, then try again:\n"
+            f"{folder} was not uploaded to {repo_id}, and is as it was ({reason}). If you are "
+            "not logged in, `hf auth login`; then try again:\n"
             f'    python -c "from publishing import publish; '
             f'publish({str(folder)!r}, {repo_id!r}, {private}, {revision!r})"'
         ) from None

@@ -179,6 +179,13 @@ def test_a_name_that_the_hub_cannot_have_is_refused_before_any_work(hub, vocab, 
     assert hub.calls == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", [("--private",), ("--revision", "v2")])
+def test_flags_of_an_upload_that_is_not_asked_for_are_refused(hub, vocab, tmp_path, flags):
+    with pytest.raises(SystemExit):
+        convert(vocab, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 PLAIN = """
 import sys, types
 import transformers, transformers.utils.hub as hub

@@ -2,6 +2,7 @@
 """Folders that we write, in other hands: sentence-transformers, torch.export, ONNX Runtime."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -9,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import GOLDENS, ROOT, load_golden
+from conftest import GOLDENS, ROOT, load_golden, run_python
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -97,6 +98,23 @@ def test_sentence_transformers_trains_saves_and_reloads(converted, tmp_path):
 # ---- torch.export and ONNX ----
 
 
+def small_model(auto_class):
+    """Random weights, large enough that every mask changes the output."""
+    config = transformers.AutoConfig.from_pretrained(
+        ROOT,
+        trust_remote_code=True,
+        vocab_size=64,
+        hidden_size=48,
+        num_attention_heads=6,
+        num_hidden_layers=1,
+        intermediate_size=40,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    auto_class = getattr(transformers, auto_class)
+    return auto_class.from_config(config, trust_remote_code=True).eval()
+
+
 def masked_batch(batch, seqlen, choices=None):
     """Inputs padded on the right, on the left and in the middle."""
     mask = torch.ones(batch, seqlen, dtype=torch.int64)
@@ -113,20 +131,8 @@ def masked_batch(batch, seqlen, choices=None):
 @pytest.mark.parametrize("auto_class", sorted(AUTO_CLASSES))
 def test_every_head_exports_with_dynamic_batch_and_length(auto_class, tmp_path):
     """Unpadding broke torch.export: how many tokens are left depends on data."""
-    config = transformers.AutoConfig.from_pretrained(
-        ROOT,
-        trust_remote_code=True,
-        vocab_size=64,
-        hidden_size=48,
-        num_attention_heads=6,
-        num_hidden_layers=1,
-        intermediate_size=40,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    auto_class = getattr(transformers, auto_class)
-    model = auto_class.from_config(config, trust_remote_code=True).eval()
-    choices = 2 if "MultipleChoice" in auto_class.__name__ else None
+    model = small_model(auto_class)
+    choices = 2 if "MultipleChoice" in auto_class else None
     example = masked_batch(3, 12, choices)
     dynamic = {0: torch.export.Dim("batch"), 2 if choices else 1: torch.export.Dim("seqlen")}
     program = torch.export.export(
@@ -148,3 +154,17 @@ def test_every_head_exports_with_dynamic_batch_and_length(auto_class, tmp_path):
         for x, y, z in zip(expected, exported, onnx, strict=True):
             assert_near(y, x)
             assert_near(torch.from_numpy(z), x)
+
+
+def test_the_readmes_export_runs_as_it_stands(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*torch.onnx.export.*?)```", readme, re.S)
+    model, onnx = small_model("AutoModel"), tmp_path / "model.onnx"
+    model.save_pretrained(tmp_path)
+    run_python(example.replace("runs/demo", str(tmp_path)).replace("model.onnx", str(onnx)))
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    ids = torch.tensor([[2, 9, 3]])
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+    inputs = {"input_ids": ids.numpy(), "attention_mask": ids.ne(0).long().numpy()}
+    assert_near(torch.from_numpy(session.run(None, inputs)[0]), expected)
