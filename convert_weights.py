@@ -65,6 +65,8 @@ JINA_NAMES = {
     ".attention.self.Wqkv.": [f".attention.self.{x}." for x in ("query", "key", "value")],
     "cls.predictions.decoder.bias": ["cls.predictions.bias"],
 }
+# The layout to write, and what the model's own names lack of ours.
+JINA_LAYOUTS = {"AutoModelForMaskedLM": ("Jina", ""), "AutoModel": ("Jina, encoder only", "bert.")}
 # What servers know the layout by: TEI by _name_or_path or auto_map, llama.cpp and vLLM by
 # architectures.
 JINA_CODE = "jinaai/jina-bert-implementation"
@@ -193,7 +195,7 @@ def convert(
         model = model.to(getattr(torch, dtype))
 
     if layout == "jina":
-        save_jina(model, folder, tokenizer)
+        save_jina(model, auto_class, folder, tokenizer)
     else:
         model.save_pretrained(folder)
     if tokenizer is not None:
@@ -477,22 +479,19 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
     return model
 
 
-def save_jina(model, folder: Path, tokenizer):
+def save_jina(model, auto_class: str, folder: Path, tokenizer):
     """Weights, config.json and pooling in Jina's layout, for servers.
 
     Raises:
         ValueError: a classifier, which servers do not read in this layout, or no tokenizer.
     """
-    if model.base_model is not model and not hasattr(model, "cls"):
+    if auto_class not in JINA_LAYOUTS:
         raise ValueError(
             f"servers read no {type(model).__name__} in Jina's layout, only embedding models"
         )
     if tokenizer is None:
         raise ValueError("servers need a tokenizer, and the source has none: pass --tokenizer")
-    if model.base_model is model:
-        layout, prefix = "Jina, encoder only", "bert."
-    else:
-        layout, prefix = "Jina", ""
+    layout, prefix = JINA_LAYOUTS[auto_class]
     tensors = {prefix + name: x for name, x in model.state_dict().items() if name != DECODER}
     tensors = {name: x.contiguous() for name, x in from_ours(tensors, layout).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
