@@ -77,11 +77,16 @@ print(model(torch.tensor([[1, 2, 3]]))[0].shape)
 
 EXAMPLE_SERVED = """\
 The weights are in the layout of jina-embeddings-v2, which servers read; an embedding is the mean
-over all tokens. With llama.cpp, in this folder:
+over all tokens. With llama.cpp's converter and llama-cpp-python, in this folder:
 
 ```bash
 python convert_hf_to_gguf.py . --outtype f32 --outfile model.gguf
-llama-embedding -m model.gguf -p "A sentence."
+```
+
+```python
+from llama_cpp import Llama
+
+print(Llama("model.gguf", embedding=True).embed("A sentence."))
 ```"""
 
 
