@@ -36,6 +36,7 @@ from transformers.utils import logging
 from .bert_padding import (
     PackedBatch,
     check_shape,
+    exporting,
     pack_batch,
     packed_before,
     pad_input,
@@ -109,11 +110,15 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
     """
     # each (batch, heads, seqlen, head_dim)
     query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)
-    token = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
-    sequence = torch.searchsorted(batch.cu_seqlens[1:], token, right=True)
-    position = token - batch.cu_seqlens[sequence] if batch.positions is None else batch.positions
-    # Sequences count from 1 here, since pad_input leaves 0 at padding.
-    sequence, position = pad_input(sequence + 1, batch), pad_input(position, batch)
+    if batch.rows is not None:
+        sequence, position = batch.rows
+    else:
+        token = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
+        sequence = torch.searchsorted(batch.cu_seqlens[1:], token, right=True)
+        start = batch.cu_seqlens[sequence]
+        position = token - start if batch.positions is None else batch.positions
+        # Sequences count from 1 here, since pad_input leaves 0 at padding.
+        sequence, position = pad_input(sequence + 1, batch), pad_input(position, batch)
 
     bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
@@ -317,6 +322,7 @@ def choose_backend(
 
     | requested | queries                                       | backend                |
     |-----------|-----------------------------------------------|------------------------|
+    | any       | traced by torch.export                        | eager                  |
     | auto      | any, and attentions are to be returned        | eager                  |
     | auto      | on CUDA, Triton is there and can take them    | triton                 |
     | auto      | on CUDA, Triton is there and cannot take them | sdpa, with one warning |
@@ -324,6 +330,8 @@ def choose_backend(
     | a name    | it can take them                              | that name              |
     | a name    | it cannot, or it returns no attentions        | ValueError             |
     """
+    if exporting():
+        return "eager"
     if requested == "auto":
         if output_attentions:
             return "eager"
@@ -609,7 +617,8 @@ class BertEncoder(nn.Module):
             output_attentions,
             dropout=self.training and self.config.attention_probs_dropout_prob > 0,
         )
-        if len(hidden_states) == 0:
+        # Not len(), which torch.export takes for a constant.
+        if hidden_states.shape[0] == 0:
             # Kernels want at least one sequence; eager takes none.
             backend = "eager"
         elif backend == "triton" and batch.tile_map is None:

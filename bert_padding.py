@@ -3,7 +3,7 @@
 
 `pack_batch` reads the attention mask and position ids and says where the real tokens are and which
 of them form a sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and
-(total, ...).
+(total, ...). Under torch.export padding stays, masked: a graph for all masks can leave nothing out.
 Legend: total = tokens that are not padding; a row may hold several sequences, or none.
 """
 
@@ -29,6 +29,9 @@ class PackedBatch(NamedTuple):
         labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody
             asked.
         tile_map: (pieces, 2) int32, the Triton kernel's plan of the batch, or None: it has none.
+        rows: only under torch.export. Each (batch, seqlen) int64: which of its row's sequences a
+            token belongs to, from 1, and 0 at padding; and its position. `total` is then batch *
+            seqlen.
     """
 
     batch: int
@@ -39,6 +42,7 @@ class PackedBatch(NamedTuple):
     positions: Tensor | None = None
     labelled: Tensor | None = None
     tile_map: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
 
 
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
@@ -61,7 +65,11 @@ def pad_input(x: Tensor, batch: PackedBatch) -> Tensor:
         padded = x.new_zeros(batch.batch * batch.seqlen, *x.shape[1:])
         padded[batch.indices.to(x.device)] = x
         x = padded
-    return x.unflatten(0, (batch.batch, batch.seqlen))
+    x = x.unflatten(0, (batch.batch, batch.seqlen))
+    if batch.rows is not None:
+        is_token = batch.rows[0] > 0
+        x = torch.where(is_token.view(*is_token.shape, *[1] * (x.dim() - 2)), x, 0)
+    return x
 
 
 def pack_batch(
@@ -91,6 +99,9 @@ def pack_batch(
     check_shape("labels", labels, (batch, seqlen))
     if seqlen == 0:
         raise ValueError(f"the batch has no tokens: its shape is {tuple(tokens.shape)}")
+    if exporting():
+        rows = _mark_sequences(tokens, attention_mask, position_ids)
+        return PackedBatch(batch, seqlen, None, None, seqlen, rows=rows)
     if attention_mask is None and position_ids is None and labels is None:
         cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=tokens.device)
         return PackedBatch(batch, seqlen, None, cu_seqlens, seqlen)
@@ -123,6 +134,25 @@ def packed_before(
             f"but the inputs are {tuple(tokens.shape[:2])}"
         )
     return batch
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing, which torch tells since 2.7."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _mark_sequences(tokens, attention_mask, position_ids):
+    """Field `rows` of PackedBatch."""
+    shape = tokens.shape[:2]
+    if position_ids is None:
+        positions = torch.arange(shape[1], device=tokens.device).expand(shape)
+        sequences = torch.ones_like(positions)
+    else:
+        positions = position_ids.expand(shape)
+        sequences = 1 + (positions == 0).cumsum(1)
+    if attention_mask is not None:
+        sequences = sequences * (attention_mask != 0)
+    return sequences, positions
 
 
 @torch.compiler.disable

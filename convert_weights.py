@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a published or self-trained checkpoint into a folder that loads anywhere and can be pushed
-to the Hub.
+"""Turns a published or self-trained checkpoint into a folder that loads anywhere, or that serving
+engines read, and uploads it to the Hub if asked.
 
     python convert_weights.py mosaicml/mosaic-bert-base mosaic-bert --tokenizer bert-base-uncased
     python convert_weights.py zhihan1996/DNABERT-2-117M dnabert-2
+    python convert_weights.py jinaai/jina-embeddings-v2-base-en jina --push_to_hub ORG/NAME
     python convert_weights.py ep0-ba70000-rank0.pt my-bert --config config.json --tokenizer FOLDER
+    python convert_weights.py my-bert my-bert-served --layout jina
 
 SOURCE is a Hub id, a folder (model*.safetensors or pytorch_model*.bin) or a Composer training
-checkpoint (.pt, with --config). The folder gets model.safetensors, config.json, the model's .py
-files, the tokenizer and a model card. Every tensor of the source must find its place and no place
-may stay empty. Pickled code is never executed.
+checkpoint (.pt, with --config). The folder gets weights, config.json, the model's .py files (or, in
+Jina's layout, the pooling that servers look for), the tokenizer and a model card. Every tensor of
+the source must find its place and no place may stay empty. Pickled code is never executed.
 """
 
 import argparse
@@ -26,24 +28,77 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from publishing import load_tokenizer, make_tokenizer_portable, write_card
+from publishing import (
+    POOLING_FILES,
+    SUMMARY,
+    check_repo_id,
+    load_tokenizer,
+    make_tokenizer_portable,
+    publish,
+    stated_license,
+    write_card,
+    write_pooling,
+)
 
 HERE = Path(__file__).resolve().parent
 
 # Layouts in the wild: prefixes of names there, and here. From right to left it is the way back.
-LAYOUTS = {
-    "MosaicBERT": {"bert.": "bert.", "cls.": "cls.", "classifier.": "classifier."},
-    "Composer": {"model.bert.": "bert.", "model.cls.": "cls.", "model.classifier.": "classifier."},
-    "encoder only": {
-        "embeddings.": "bert.embeddings.",
-        "encoder.": "bert.encoder.",
-        "pooler.": "bert.pooler.",
-    },
+WITH_PREFIX = {"bert.": "bert.", "cls.": "cls.", "classifier.": "classifier."}
+WITHOUT_PREFIX = {
+    "embeddings.": "bert.embeddings.",
+    "encoder.": "bert.encoder.",
+    "pooler.": "bert.pooler.",
 }
+LAYOUTS = {
+    "MosaicBERT": WITH_PREFIX,
+    "encoder only": WITHOUT_PREFIX,
+    "Composer": {f"model.{name}": name for name in WITH_PREFIX},
+    "Jina": WITH_PREFIX,
+    "Jina, encoder only": WITHOUT_PREFIX,
+}
+# Parts of our names, and what Jina has there: several tensors, ours are these one after the other.
+JINA_NAMES = {
+    ".attention.self.Wqkv.": [f".attention.self.{x}." for x in ("query", "key", "value")],
+    "cls.predictions.decoder.bias": ["cls.predictions.bias"],
+}
+# The layout to write, and what the model's own names lack of ours.
+JINA_LAYOUTS = {"AutoModelForMaskedLM": ("Jina", ""), "AutoModel": ("Jina, encoder only", "bert.")}
+# What servers know the layout by: TEI by _name_or_path or auto_map, llama.cpp and vLLM by
+# architectures.
+JINA_CODE = "jinaai/jina-bert-implementation"
+JINA_CONFIG = {
+    "_name_or_path": JINA_CODE,
+    "architectures": ["JinaBertModel"],
+    "auto_map": {
+        "AutoConfig": f"{JINA_CODE}--configuration_bert.JinaBertConfig",
+        "AutoModel": f"{JINA_CODE}--modeling_bert.JinaBertModel",
+        "AutoModelForMaskedLM": f"{JINA_CODE}--modeling_bert.JinaBertForMaskedLM",
+    },
+    "model_type": "bert",
+    "position_embedding_type": "alibi",
+    "feed_forward_type": "geglu",
+    "emb_pooler": "mean",
+}
+# Fields that mean the same there and here.
+SHARED_FIELDS = (
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "type_vocab_size",
+    "vocab_size",
+)
 # What a head's tensors are loaded as; the first that the source holds, or the bare encoder.
 HEADS = {
     "cls.": "AutoModelForMaskedLM",
@@ -55,20 +110,29 @@ PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifie
 FOREIGN = {"architectures", "auto_map", "model_type", "transformers_version", "tie_word_embeddings"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
+FOREIGN |= {"emb_pooler", "feed_forward_type", "model_max_length"}
+# Counters that old transformers saved among the weights.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # Names that belong to a kin, and why it is refused.
 KIN = {
-    "layer_norm_q": "a BERT with QK norm (jina-embeddings-v2-base-code), another architecture",
-    "attention.self.query": "separate query, key and value (jina-embeddings-v2 or a stock BERT), "
-    "which this version does not read",
+    "layer_norm_q": "a BERT with QK norm (jina-bert-v2-qk-post-norm, the architecture of "
+    "jina-embeddings-v2-base-code), another architecture",
+    ".intermediate.dense": "a stock BERT, without ALiBi and gate",
 }
 DECODER, EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
+    name = args.push_to_hub or args.output_dir.name
     with new_folder(args.output_dir, args.overwrite) as folder:
-        convert(args.source, folder, args.config, args.tokenizer, args.dtype, args.output_dir.name)
+        convert(args.source, folder, args.config, args.tokenizer, args.dtype, name, args.layout)
     print(f"Wrote {args.output_dir}")
+    if args.push_to_hub:
+        url = publish(args.output_dir, args.push_to_hub, args.private, args.revision)
+        print(f"Uploaded to {url}")
 
 
 def parse_args(argv=None):
@@ -85,11 +149,24 @@ def parse_args(argv=None):
         "--dtype", choices=("float32", "float16", "bfloat16"), help="the source's if not given"
     )
     parser.add_argument(
+        "--layout",
+        choices=("mosaic", "jina"),
+        default="mosaic",
+        help="jina: for llama.cpp, TEI, vLLM and candle, which read no other; it needs a tokenizer",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the model and the tokenizer that output_dir holds",
     )
-    return parser.parse_args(argv)
+    hub = parser.add_argument_group("Hub", "as whom you are logged in: `hf auth login` or HF_TOKEN")
+    hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
+    hub.add_argument("--private", action="store_true", help="only to a private repository")
+    hub.add_argument("--revision", help="branch to upload to, made if it is not there")
+    args = parser.parse_args(argv)
+    if (args.private or args.revision) and not args.push_to_hub:
+        parser.error("--private and --revision need --push_to_hub")
+    return args
 
 
 def convert(
@@ -99,14 +176,16 @@ def convert(
     tokenizer_name: str | None = None,
     dtype: str | None = None,
     name: str | None = None,
+    layout: str = "mosaic",
 ):
     """Writes `folder` from `source`, for a model called `name`; the others are the command line's.
 
     Raises:
-        ValueError: the source cannot be read, or its tensors and its config do not fit each other.
+        ValueError: the source cannot be read, its tensors and its config do not fit each other, or
+            the layout has no place for them.
     """
     path = fetch(source)
-    layout, tensors = to_ours(read_tensors(path))
+    found, tensors = to_ours(read_tensors(path))
     tokenizer_name = tokenizer_name or find_tokenizer(path)
     tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
     config = make_config(read_config(config_file or path), tensors, tokenizer)
@@ -115,24 +194,38 @@ def convert(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
 
-    model.save_pretrained(folder)
+    if layout == "jina":
+        save_jina(model, auto_class, folder, tokenizer)
+    else:
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         make_tokenizer_portable(folder, config.alibi_starting_size)
     absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
+    is_local = Path(source).exists()
     facts = {
-        "converted from": f"{Path(source).name if Path(source).exists() else source} ({layout})",
+        "converted from": f"{Path(source).name if is_local else source} ({found})",
         "not in the source": absent,
         "layers, hidden size, heads": f"{config.num_hidden_layers}, {config.hidden_size}, "
         f"{config.num_attention_heads}",
         "vocabulary": config.vocab_size,
         "prepared for": f"{config.alibi_starting_size} tokens; longer input works",
+        "training data, recipe, evaluation": "see the source"
+        if is_local
+        else f"see [{source}](https://huggingface.co/{source})",
     }
-    summary = "A MosaicBERT encoder: BERT with ALiBi, gated MLPs and no padding inside."
-    base_model = None if Path(source).exists() else source
-    name = name or Path(source).name
-    write_card(folder, name, auto_class, summary, facts, base_model, tokenizer is not None)
-    print(f"{source}: {layout} layout, {len(tensors)} tensors, loads with {auto_class}")
+    write_card(
+        folder,
+        name or Path(source).name,
+        auto_class,
+        SUMMARY,
+        facts,
+        None if is_local else source,
+        tokenizer is not None,
+        license=stated_license(path),
+        served=layout == "jina",
+    )
+    print(f"{source}: {found} layout, {len(tensors)} tensors, loads with {auto_class}")
     print(f"Not in the source: {absent}")
 
 
@@ -151,7 +244,7 @@ def fetch(source: str) -> Path:
     if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".pt"):
         raise ValueError(f"{source} does not exist")
     try:
-        wanted = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
+        wanted = ["*.json", "*.txt", "README.md", "model*.safetensors", "pytorch_model*.bin"]
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:
         raise ValueError(
@@ -247,17 +340,52 @@ def read_json(file: Path) -> dict:
 
 def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The source's layout, and its tensors by our names. ValueError: a name that no layout has."""
-    layout = max(LAYOUTS, key=lambda x: sum(name.startswith(tuple(LAYOUTS[x])) for name in tensors))
+    tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
+    is_jina = any(".attention.self.query." in name for name in tensors)
+    layout = max(
+        (x for x in LAYOUTS if x.startswith("Jina") == is_jina),
+        key=lambda x: sum(name.startswith(tuple(LAYOUTS[x])) for name in tensors),
+    )
     if strange := [name for name in tensors if not name.startswith(tuple(LAYOUTS[layout]))]:
         raise ValueError(
             f"no place for these tensors of the source ({layout} layout): {listed(strange)}"
         )
-    return layout, rename(tensors, LAYOUTS[layout])
+    tensors = rename(tensors, LAYOUTS[layout])
+    return layout, join(tensors) if is_jina else tensors
 
 
 def from_ours(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     """The inverse of `to_ours`."""
+    if layout.startswith("Jina"):
+        tensors = split(tensors)
     return rename(tensors, {ours: theirs for theirs, ours in LAYOUTS[layout].items()})
+
+
+def join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Joins what Jina keeps apart. ValueError: the joint is there too, and differs."""
+    tensors = dict(tensors)
+    for ours, parts in JINA_NAMES.items():
+        for first in [name for name in tensors if parts[0] in name]:
+            names = [first.replace(parts[0], part) for part in parts]
+            shapes = [tensors[x].shape for x in names if x in tensors]
+            # What is left apart has no place, and will be listed.
+            if shapes == [shapes[0]] * len(names) and shapes[0]:
+                joint = torch.cat([tensors.pop(x) for x in names])
+                name = first.replace(parts[0], ours)
+                if not torch.equal(tensors.setdefault(name, joint), joint):
+                    raise ValueError(f"{name} differs from {', '.join(names)}")
+    return tensors
+
+
+def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `join`."""
+    apart = {}
+    for name, tensor in tensors.items():
+        ours = next((x for x in JINA_NAMES if x in name), None)
+        parts = JINA_NAMES.get(ours, [ours])
+        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+            apart[name.replace(ours, part) if ours else name] = piece
+    return apart
 
 
 def rename(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
@@ -272,6 +400,13 @@ def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
     """Our configuration with the source's values; `auto_map` names every class that we have."""
     ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
     values = {k: v for k, v in source.items() if k not in FOREIGN and not k.startswith("_")}
+    if source.get("feed_forward_type", "geglu") != "geglu":
+        raise ValueError(
+            f"feed_forward_type is {source['feed_forward_type']!r}: MosaicBERT's MLP is 'geglu'"
+        )
+    if source.get("position_embedding_type") == "alibi" and "max_position_embeddings" in source:
+        # Jina's config says here what the checkpoint is prepared for.
+        values.setdefault("alibi_starting_size", source["max_position_embeddings"])
     # sentence-transformers and others cut text here.
     values["max_position_embeddings"] = values.setdefault(
         "alibi_starting_size", ours.alibi_starting_size
@@ -344,6 +479,30 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
     return model
 
 
+def save_jina(model, auto_class: str, folder: Path, tokenizer):
+    """Weights, config.json and pooling in Jina's layout, for servers.
+
+    Raises:
+        ValueError: a classifier, which servers do not read in this layout, or no tokenizer.
+    """
+    if auto_class not in JINA_LAYOUTS:
+        raise ValueError(
+            f"servers read no {type(model).__name__} in Jina's layout, only embedding models"
+        )
+    if tokenizer is None:
+        raise ValueError("servers need a tokenizer, and the source has none: pass --tokenizer")
+    layout, prefix = JINA_LAYOUTS[auto_class]
+    tensors = {prefix + name: x for name, x in model.state_dict().items() if name != DECODER}
+    tensors = {name: x.contiguous() for name, x in from_ours(tensors, layout).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    config = {name: getattr(model.config, name) for name in SHARED_FIELDS} | JINA_CONFIG
+    config["max_position_embeddings"] = model.config.alibi_starting_size
+    config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_pooling(folder, model.config.hidden_size, model.config.alibi_starting_size)
+
+
 # ---- files ----
 
 
@@ -370,11 +529,14 @@ def new_folder(path: Path, overwrite: bool):
         yield Path(temporary)
         path.mkdir(exist_ok=True)
         # What a former conversion left would be loaded beside the new files, or instead of them.
-        for pattern in ("*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt"):
-            for stale in path.glob(pattern):
-                stale.unlink()
-        for file in Path(temporary).iterdir():
-            os.replace(file, path / file.name)
+        stale = "*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt", *POOLING_FILES
+        for pattern in stale:
+            for file in path.glob(pattern):
+                file.unlink()
+        for file in (x for x in Path(temporary).rglob("*") if x.is_file()):
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
 
 
 if __name__ == "__main__":

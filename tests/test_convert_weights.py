@@ -46,8 +46,40 @@ def mlm_weights(name="mosaic_tiny"):
     return {k: v for k, v in load_golden(name)[1].items() if not k.startswith(head)}
 
 
+def encoder_weights(pooler=False):
+    """With the prefix, which without_prefix takes off."""
+    weights = load_golden("mosaic_tiny")[1]
+    names = ("bert.embeddings", "bert.encoder", "bert.pooler")[: 3 if pooler else 2]
+    return {k: v for k, v in weights.items() if k.startswith(names)}
+
+
+def without_prefix(weights):
+    return {name.removeprefix("bert."): x for name, x in weights.items()}
+
+
 def classification_weights():
     return {k: v for k, v in load_golden("mosaic_tiny")[1].items() if not k.startswith("cls.")}
+
+
+def apart(weights):
+    """The weights by Jina's names, as its checkpoints have them: q, k and v apart, no decoder."""
+    theirs = {}
+    for name, x in weights.items():
+        if "Wqkv" in name:
+            for i, part in enumerate(("query", "key", "value")):
+                rows = x[i * len(x) // 3 : (i + 1) * len(x) // 3]
+                theirs[name.replace("Wqkv", part)] = rows.clone()
+        elif name != DECODER:
+            theirs[name.replace("predictions.decoder.bias", "predictions.bias")] = x.clone()
+    return theirs
+
+
+def write_jina(folder, weights, config="jina_v2_tiny"):
+    """A checkpoint folder in Jina's layout, with the golden's config."""
+    folder.mkdir()
+    shutil.copy(GOLDENS / config / "config.json", folder)
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 def assert_holds(folder, weights):
@@ -59,6 +91,15 @@ def assert_holds(folder, weights):
 
 def load(auto_class, folder):
     return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture
+def vocab(tmp_path):
+    file = tmp_path / "vocab" / "vocab.txt"
+    file.parent.mkdir()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    file.write_text("\n".join([*specials, "a", "sentence", ".", *(f"w{i}" for i in range(8, 320))]))
+    return file
 
 
 # ---- what goes in comes out ----
@@ -189,13 +230,13 @@ def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
 @pytest.mark.parametrize("layout", convert_weights.LAYOUTS)
 def test_the_table_read_backwards_is_its_inverse(layout):
     weights = load_golden("mosaic_tiny")[1]
-    if layout == "encoder only":
+    if layout.endswith("encoder only"):
         weights = {k: v for k, v in weights.items() if k.startswith("bert.")}
     theirs = convert_weights.from_ours(weights, layout)
-    assert set(theirs).isdisjoint(weights) or layout == "MosaicBERT"
+    assert set(theirs) != set(weights) or layout == "MosaicBERT"
     found, back = convert_weights.to_ours(theirs)
-    assert found == layout and list(back) == list(weights)
-    assert all(back[name] is weights[name] for name in weights)
+    assert found == layout and set(back) == set(weights)
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -222,16 +263,90 @@ def test_heads_that_the_source_lacks_are_named(tmp_path, capsys):
     assert "Not in the source: pooler, classifier" in capsys.readouterr().out
 
 
+# ---- Jina's layout ----
+
+
+@pytest.mark.parametrize("kind", ["MLM", "prefix", "no prefix"])
+def test_jinas_layout_is_read(tmp_path, kind):
+    """With counters and a second decoder bias, which old transformers saved too."""
+    weights = mlm_weights() if kind == "MLM" else encoder_weights()
+    theirs = apart(weights) | {"bert.embeddings.position_ids": torch.arange(512)[None]}
+    if kind == "MLM":
+        theirs["cls.predictions.decoder.bias"] = theirs["cls.predictions.bias"].clone()
+    elif kind == "no prefix":
+        theirs = without_prefix(theirs)
+    run(write_jina(tmp_path / "source", theirs), tmp_path / "out")
+    assert_holds(tmp_path / "out", weights if kind == "MLM" else without_prefix(weights))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["alibi_starting_size"] == config["max_position_embeddings"] == 8192
+    assert config["model_type"] == "mosaic_bert" and "attn_implementation" not in config
+
+
+def test_a_model_in_jinas_layout_gives_mosaicberts_outputs(tmp_path):
+    run(write_jina(tmp_path / "source", apart(mlm_weights())), tmp_path / "jina")
+    run(GOLDENS / "mosaic_tiny", tmp_path / "mosaic")
+    _, _, golden = load_golden("mosaic_tiny")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: golden[f"right_padded.{name}"] for name in names}
+    jina, mosaic = (
+        load("AutoModelForMaskedLM", tmp_path / x)(**inputs).logits for x in ("jina", "mosaic")
+    )
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(jina, mosaic)
+    # Rounding in float32, of three layers: test_parity.py has the bound.
+    assert torch.allclose(jina[real], golden["right_padded.logits"][real], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["MLM", "encoder", "encoder with pooler"])
+def test_there_and_back_again_is_bitwise(tmp_path, vocab, kind):
+    weights = mlm_weights() if kind == "MLM" else encoder_weights(pooler=kind != "encoder")
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    run(source, tmp_path / "jina", "--layout", "jina", "--tokenizer", vocab)
+    if kind != "MLM":
+        weights = without_prefix(weights)
+    saved, expected = load_file(tmp_path / "jina" / "model.safetensors"), apart(weights)
+    assert set(saved) == set(expected)
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    run(tmp_path / "jina", tmp_path / "back")
+    assert_holds(tmp_path / "back", weights)
+    first, back = (json.loads((x / "config.json").read_text()) for x in (source, tmp_path / "back"))
+    for name in (*convert_weights.SHARED_FIELDS, "alibi_starting_size"):
+        assert back[name] == first[name]
+
+
+def test_a_folder_for_servers_has_what_they_look_for(tmp_path, vocab):
+    """Read in the sources of TEI, vLLM and llama.cpp."""
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out, "--tokenizer", vocab)
+    run(GOLDENS / "mosaic_tiny", out, "--tokenizer", vocab, "--layout", "jina", "--overwrite")
+    config = json.loads((out / "config.json").read_text())
+    golden = json.loads((GOLDENS / "jina_v2_tiny" / "config.json").read_text())
+    differ = {name for name in config if config[name] != golden.get(name)}
+    assert differ == {
+        "_name_or_path",
+        "architectures",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+    }
+    # llama.cpp and vLLM dispatch on the one, TEI on the other.
+    assert config["architectures"] == ["JinaBertModel"]
+    assert config["_name_or_path"] == "jinaai/jina-bert-implementation"
+    assert config["max_position_embeddings"] == 32
+    modules = json.loads((out / "modules.json").read_text())
+    assert [x["path"] for x in modules] == ["", "1_Pooling"]
+    pooling = json.loads((out / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_cls_token"]
+    assert pooling["word_embedding_dimension"] == 96
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "BertTokenizer"
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card and "convert_hf_to_gguf.py" in card
+    # And back, in the same place: what servers read would be read beside the new files.
+    run(GOLDENS / "mosaic_tiny", out, "--tokenizer", vocab, "--overwrite")
+    assert not list(out.glob("**/modules.json")) + list(out.glob("1_Pooling/*"))
+
+
 # ---- tokenizer and card ----
-
-
-@pytest.fixture
-def vocab(tmp_path):
-    file = tmp_path / "vocab" / "vocab.txt"
-    file.parent.mkdir()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    file.write_text("\n".join([*specials, "a", "sentence", ".", *(f"w{i}" for i in range(8, 320))]))
-    return file
 
 
 @pytest.mark.parametrize("as_folder", [False, True], ids=["vocab.txt", "folder"])
@@ -309,6 +424,26 @@ def test_the_model_card_has_an_example_that_runs(tmp_path, vocab, kind):
     assert run_python(example.replace('"."', repr(str(out)))).strip()
 
 
+@pytest.mark.parametrize(
+    "front, stated",
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [\n---\n", None),
+        ("no front matter", None),
+        (None, None),
+    ],
+    ids=["stated", "broken", "none", "no card"],
+)
+def test_the_card_states_the_sources_licence(tmp_path, front, stated):
+    source = write_source(tmp_path / "source", mlm_weights(), json.loads(MLM.read_text()))
+    if front is not None:
+        (source / "README.md").write_text(front)
+    run(source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("license: mit" in card) == (stated == "mit")
+    assert f"| licence of the weights | {stated or 'not stated'} |" in card
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, vocab):
     vocab.write_text(vocab.read_text() + "\nmore\nand more")
     with pytest.raises(ValueError, match="the tokenizer has 322 entries, the model only 320"):
@@ -334,15 +469,49 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_listed(tmp_path
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("attention.self.layer_norm_q.weight", "QK norm .jina-embeddings-v2-base-code., another"),
-        ("attention.self.query.weight", "separate query, key and value"),
+        ("attention.self.layer_norm_q.weight", "QK norm .jina-bert-v2-qk-post-norm, the arch"),
+        ("intermediate.dense.weight", "a stock BERT, without ALiBi and gate"),
     ],
 )
 def test_kin_are_refused_by_name(tmp_path, name, reason):
-    weights = mlm_weights() | {f"bert.encoder.layer.0.{name}": torch.zeros(96, 96)}
-    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    weights = apart(mlm_weights()) | {f"bert.encoder.layer.0.{name}": torch.zeros(96, 96)}
+    source = write_jina(tmp_path / "source", weights, "jina_qk_post_norm_tiny")
     with pytest.raises(ValueError, match=f"is no MosaicBERT: its names tell of .*{reason}"):
         run(source, tmp_path / "out")
+
+
+def test_another_gate_is_refused(tmp_path):
+    """Jina's code has a ReGLU too, under the same names."""
+    source = write_jina(tmp_path / "source", apart(mlm_weights()))
+    config = json.loads((source / "config.json").read_text()) | {"feed_forward_type": "reglu"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="feed_forward_type is 'reglu'"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["query", "value"])
+def test_an_incomplete_attention_is_refused(tmp_path, part):
+    weights = apart(mlm_weights())
+    del weights[f"bert.encoder.layer.1.attention.self.{part}.bias"]
+    with pytest.raises(ValueError, match=r"missing: bert.encoder.layer.1.*Wqkv.bias"):
+        run(write_jina(tmp_path / "source", weights), tmp_path / "out")
+
+
+def test_two_decoder_biases_that_differ_are_refused(tmp_path):
+    weights = apart(mlm_weights())
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"] + 1
+    with pytest.raises(ValueError, match="decoder.bias differs from cls.predictions.bias"):
+        run(write_jina(tmp_path / "source", weights), tmp_path / "out")
+
+
+def test_jinas_layout_is_refused_for_what_servers_cannot_use(tmp_path, vocab):
+    weights, config = classification_weights(), json.loads(MLM.read_text())
+    source = write_source(tmp_path / "source", weights, config)
+    with pytest.raises(ValueError, match="no BertForSequenceClassification in Jina's layout"):
+        run(source, tmp_path / "out", "--layout", "jina", "--tokenizer", vocab)
+    with pytest.raises(ValueError, match="servers need a tokenizer"):
+        run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--layout", "jina")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_no_layout_are_listed_but_not_by_the_hundred(tmp_path):
