@@ -28,6 +28,7 @@ POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.
 # What is uploaded, and nothing else: a training folder also holds states, logs and pickles.
 UPLOADED = (
     "README.md",
+    "training.png",
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -194,6 +195,7 @@ def write_card(
     license: str | None = None,
     datasets: list[str] | None = None,
     served: bool = False,
+    ours: bool = True,
 ):
     """Writes README.md: what the model is, an example that runs in the folder, a table of facts.
 
@@ -205,12 +207,13 @@ def write_card(
         license: of the weights, as the Hub abbreviates it ("apache-2.0").
         datasets: Hub ids of the training data.
         served: the folder is in Jina's layout.
+        ours: it is a MosaicBERT, and not transformers' BERT.
     """
     task = "feature-extraction" if served else TASKS[auto_class]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["mosaic-bert", "alibi", "custom_code"],
+        tags=["mosaic-bert", "alibi", "custom_code"] if ours else None,
         base_model=base_model,
         license=license,
         datasets=datasets,

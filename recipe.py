@@ -18,6 +18,8 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 
+from publishing import check_repo_id
+
 
 def option(default, help):
     return HfArg(default=default, help=help)
@@ -138,6 +140,8 @@ class DataArguments:
 
     def source(self) -> str:
         """Where the documents come from, in words."""
+        if self.prepared_data and (facts := Path(self.prepared_data, "prepared.json")).is_file():
+            return json.loads(facts.read_text())["source"]
         name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
         files = [Path(file).name for file in self.train_file or []]
         return name or ", ".join(files or ["English text that CPython carries"])
@@ -150,6 +154,9 @@ class RecipeArguments(TrainingArguments):
     output_dir: str = option("", "where the model goes: new, or empty")
     overwrite: bool = option(False, "write into output_dir although it holds files")
     resume_from_checkpoint: str | None = option(None, "a checkpoint's folder, or 'last'")
+    push_to_hub: str | None = option(None, "ORG/NAME, where the finished folder is uploaded")
+    private: bool = option(False, "make that repository private")
+    revision: str | None = option(None, "branch of that repository; None: the main one")
     global_batch_size: int | None = option(
         None,
         "rows of an optimizer step on all devices together, the recipe's are 4096; split into "
@@ -196,6 +203,10 @@ class RecipeArguments(TrainingArguments):
                 "save_total_limit must be at least 2: with 1 the only complete checkpoint is gone "
                 "before the next is known to be complete"
             )
+        if self.push_to_hub:
+            check_repo_id(self.push_to_hub)
+        # Trainer's own would upload every checkpoint, optimizer states and arguments.
+        self.publish_to, self.push_to_hub = self.push_to_hub, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())

@@ -37,7 +37,7 @@ from prepare_data import (
     size,
     usable_cores,
 )
-from publishing import make_tokenizer_portable, write_card
+from publishing import make_tokenizer_portable, publish, write_card
 from recipe import DataArguments, ModelArguments, RecipeArguments, TokenizerArguments, parse
 from train_callbacks import (
     Checkpoints,
@@ -422,24 +422,23 @@ def main():
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        write_results(trainer, facts | figures(metrics), hub_id(model_args.model_name_or_path))
-
-
-def write_results(trainer: MlmTrainer, facts: dict[str, str], base_model: str | None):
-    """The curves, and the model card around them."""
-    folder = Path(trainer.args.output_dir)
-    draw_training(trainer.state.log_history, folder / "training.png", folder.resolve().name)
-    if is_ours(trainer.model):
+        folder = Path(args.output_dir)
+        draw_training(trainer.state.log_history, folder / "training.png", folder.resolve().name)
+        kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
         write_card(
             folder,
             folder.resolve().name,
             "AutoModelForMaskedLM",
-            "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside), pre-trained by "
-            "train_mlm.py and evaluated on documents that it had not seen.\n\n"
+            f"{kind if is_ours(model) else 'A BERT encoder'}, pre-trained by train_mlm.py and "
+            "evaluated on documents that it had not seen.\n\n"
             "![Loss, masked accuracy, learning rate and tokens per second](training.png)",
-            facts,
-            base_model=base_model,
+            facts | figures(metrics),
+            base_model=hub_id(model_args.model_name_or_path),
+            datasets=[data_args.dataset_name] if hub_id(data_args.dataset_name) else None,
+            ours=is_ours(model),
         )
+        if args.publish_to:
+            print(publish(folder, args.publish_to, args.private, args.revision))
 
 
 if __name__ == "__main__":

@@ -226,3 +226,22 @@ def test_a_full_disk_is_an_error_that_says_what_is_intact(train, tmp_path):
     with pytest.raises(OSError, match="checkpoint-6 could not be written.*checkpoint-3.*Make room"):
         train(overwrite=True)
     assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-3"
+
+
+def test_a_finished_folder_is_uploaded_once_and_whole(train, monkeypatch, capsys):
+    uploads = []
+
+    def publish(folder, *where):
+        assert (folder / "README.md").exists() and (folder / "model.safetensors").exists()
+        uploads.append((folder.name, *where))
+        return "https://huggingface.co/org/name/commit/1"
+
+    monkeypatch.setattr(train_mlm, "publish", publish)
+    train(push_to_hub="org/name", private=True, revision="v2")
+    assert uploads == [("out", "org/name", True, "v2")]
+    assert "https://huggingface.co/org/name/commit/1" in capsys.readouterr().out
+
+
+def test_a_bad_name_to_upload_to_is_refused_before_training(train):
+    with pytest.raises(ValueError, match="'name' is no ORG/NAME"):
+        train(push_to_hub="name")
