@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash attention with ALiBi for variable-length batches, in Triton 3.2 to 3.9 (dropout: 3.6).
+"""Flash attention with ALiBi for variable-length batches, in Triton 3.2 to 3.9.
 
 For every head of every sequence, with keys from that sequence only,
 
@@ -24,8 +24,6 @@ try:
 except ImportError as err:
     raise ImportError("flash_attn_triton needs Triton: pip install triton") from err
 
-# Before 3.6 (seen on 3.2 and 3.3) the backward kernels with dropout fail in the compiler's tl.join.
-DROPOUT_WORKS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -65,15 +63,7 @@ UNKNOWN_SM = 89
 NORMS_TILE = (MAP_ROWS.value, None, 4, 1)
 
 
-def table_tile(sm: int, head_dim: int, itemsize: int, direction: str, dropout: bool):
-    """(BLOCK, STEP, warps, stages) of a row; with dropout half of STEP, for want of registers."""
-    block, step, warps, stages = TILES[sm, 64 if head_dim <= 64 else 128, itemsize][direction]
-    if dropout:
-        step = max(16, step // 2)
-    return (step if direction == "block" else block), step, warps, stages
-
-
-def tile_shape(qkv: torch.Tensor, direction: str, dropout: bool) -> tuple[int, int, int, int]:
+def tile_shape(qkv: torch.Tensor, direction: str) -> tuple[int, int, int, int]:
     """The table's (BLOCK, STEP, warps, stages) for the chip, dtype and head_dim of `qkv`."""
     sm = UNKNOWN_SM
     if qkv.is_cuda:
@@ -81,7 +71,7 @@ def tile_shape(qkv: torch.Tensor, direction: str, dropout: bool) -> tuple[int, i
         if major < 8:
             raise ValueError(f"needs compute capability 8.0, got {major}.{minor}: use sdpa")
         sm = SM_OF_CAPABILITY.get(10 * major + minor, UNKNOWN_SM)
-    return table_tile(sm, qkv.shape[-1], qkv.itemsize, direction, dropout)
+    return TILES[sm, 64 if qkv.shape[-1] <= 64 else 128, qkv.itemsize][direction]
 
 
 # What the kernels share. "Owned" tokens stay in registers, "streamed" ones pass by: in the forward
@@ -252,19 +242,30 @@ def _scores(
 
 
 @triton.jit
-def _kept(seed, sequence, head, query, key, cut, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which attention weights of a tile survive dropout: (QUERIES, KEYS).
+def _mask_words(seed, sequence, head):
+    """Two random words, of which the dropout mask of one head of one sequence is a function."""
+    head = head.to(tl.int32)
+    first, second, _, _ = tl.philox(tl.load(seed), head, sequence, head, sequence)
+    return first, second
 
-    One Philox call serves four neighbouring keys of one query. It counts in places in the sequence,
-    so that every kernel draws the same mask whatever its tiles.
+
+@triton.jit
+def _kept(first, second, query, key, cut):
+    """Which weights survive dropout; `query` and `key`, places in the sequence, broadcast.
+
+    Only these places and the mask's two words count, so that every kernel draws the same mask
+    whatever its tiles. The number query * 2**16 + key goes through the steps of triple32 (Wellons,
+    Prospecting for Hash Functions). Dropout then costs 11 instructions per score; with a call of
+    Philox for four scores it costs 17 (forward, sm_90, Triton 3.9). Fewer than three products leave
+    correlations behind (test_dropout_masks_are_white_and_unlike_each_other).
     """
-    queries = (query + tl.arange(0, QUERIES))[:, None]
-    fours = (key // 4 + tl.arange(0, KEYS // 4))[None, :]
-    a, b, c, d = tl.philox(seed, queries, head.to(tl.int32), fours, sequence, n_rounds=7)
-    # Compared before they are joined: truth values need fewer registers than random bits.
-    a, b = a.to(tl.int32, bitcast=True) >= cut, b.to(tl.int32, bitcast=True) >= cut
-    c, d = c.to(tl.int32, bitcast=True) >= cut, d.to(tl.int32, bitcast=True) >= cut
-    return tl.join(tl.join(a, b), tl.join(c, d)).reshape(QUERIES, KEYS)
+    high = query.to(tl.uint32) << 16
+    # A key is below 2**16: the first step, x ^ (x >> 17), only concerns the query.
+    bits = (high ^ (high >> 17) ^ first) ^ key.to(tl.uint32)
+    bits = bits * 0xED5AD4BB + second
+    bits = (bits ^ (bits >> 11)) * 0xAC4C1B51
+    bits = (bits ^ (bits >> 15)) * 0x31848BAB
+    return bits.to(tl.int32, bitcast=True) >= cut
 
 
 @triton.jit
@@ -310,11 +311,12 @@ def _forward_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
 
+    rows = start + tl.arange(0, BLOCK)
     q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -335,14 +337,15 @@ def _forward_kernel(
             p = tl.exp2(scores * (scale * LOG2E) - ((raised - rest) * (scale * LOG2E))[:, None])
             mass = mass * shrink + tl.sum(p, 1)
             if seed is not None:
-                p = tl.where(_kept(seed, sequence, head, start, column, cut, BLOCK, STEP), p, 0.0)
+                keys = column + tl.arange(0, STEP)
+                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
+                p = tl.where(kept, p, 0.0)
             acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
             peak = raised
 
     out_base = out + (first * heads + head) * HEAD_DIM
     out_tile = acc / (mass * keep)[:, None]
     _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    rows = start + tl.arange(0, BLOCK)
     lse_tile = peak * scale + tl.log2(mass) * LN2
     tl.store(lse + rows, lse_tile, mask=rows < seqlen)
 
@@ -374,7 +377,7 @@ def _dq_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
@@ -400,7 +403,8 @@ def _dq_kernel(
             p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse2)[:, None])
             dp = _dot(do, v.T)  # (BLOCK, STEP)
             if seed is not None:
-                kept = _kept(seed, sequence, head, start, column, cut, BLOCK, STEP)
+                keys = column + tl.arange(0, STEP)
+                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
                 dp = tl.where(kept, dp, 0.0)
             dq = _dot((p * (dp - drift[:, None])).to(k.dtype), k, dq)
     dq *= scale / keep
@@ -434,7 +438,7 @@ def _dkdv_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
@@ -461,7 +465,8 @@ def _dkdv_kernel(
             dp = _dot(v, do.T)  # (BLOCK, STEP)
             weights = p
             if seed is not None:
-                kept = _kept(seed, sequence, head, row, start, cut, STEP, BLOCK).T
+                keys = start + tl.arange(0, BLOCK)
+                kept = _kept(first_word, second_word, rows[None, :], keys[:, None], cut)
                 dp = tl.where(kept, dp, 0.0)
                 weights = tl.where(kept, p, 0.0)
             dv = _dot(weights.to(do.dtype), do, dv)
@@ -509,7 +514,8 @@ def _block_backward_kernel(
     dp = _dot(do, v.T)
     weights = p
     if seed is not None:
-        kept = _kept(tl.load(seed), sequence, head, start, start, cut, BLOCK, BLOCK)
+        first_word, second_word = _mask_words(seed, sequence, head)
+        kept = _kept(first_word, second_word, rows[:, None], rows[None, :], cut)
         dp = tl.where(kept, dp, 0.0)
         weights = tl.where(kept, p, 0.0)
     dv = _dot(weights.to(do.dtype).T, do)
@@ -606,7 +612,7 @@ def _forward(
     if skip:
         pieces = _pieces(cu_seqlens, tile_map, NORMS_TILE[0])
         _launch(_norms_kernel, NORMS_TILE, pieces, qkv, dropout_p, **batch)
-    tile = tile_shape(qkv, "forward", seed is not None)
+    tile = tile_shape(qkv, "forward")
     pieces = _pieces(cu_seqlens, tile_map, tile[0])
     _launch(_forward_kernel, tile, pieces, qkv, dropout_p, out=out, lse=lse, **batch)
     return out, lse, norms
@@ -651,7 +657,7 @@ def _backward(
         norms=norms if skip else None, seed=seed, scale=scale, out=out, lse=lse, dqkv=dqkv,
         dout=dout, dout_stride_token=dout.stride(0), dout_stride_head=dout.stride(1),
     )  # fmt: skip
-    tile = tile_shape(qkv, "block", seed is not None)
+    tile = tile_shape(qkv, "block")
     if max_seqlen <= tile[0]:
         batch = cu_seqlens.shape[0] - 1
         _launch(_block_backward_kernel, tile, batch, qkv, dropout_p, **arguments)
@@ -659,7 +665,7 @@ def _backward(
     arguments["delta"] = torch.empty_like(lse)
     # The order matters: the first writes the delta that the second reads.
     for kernel, direction in ((_dq_kernel, "dq"), (_dkdv_kernel, "dkdv")):
-        tile = tile_shape(qkv, direction, seed is not None)
+        tile = tile_shape(qkv, direction)
         pieces = _pieces(cu_seqlens, tile_map, tile[0])
         _launch(kernel, tile, pieces, qkv, dropout_p, **arguments)
     return dqkv
@@ -790,10 +796,6 @@ def _check(qkv, max_seqlen, dropout_p, softmax_scale, tensors):
         raise ValueError(f"max_seqlen must be an int of 0 or more, got {max_seqlen!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0 and not DROPOUT_WORKS:
-        raise ValueError(
-            f"attention dropout needs Triton 3.6, this is {triton.__version__}: upgrade or use sdpa"
-        )
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if tensors["position_ids"] is not None and tensors["alibi_slopes"] is None:

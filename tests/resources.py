@@ -99,7 +99,7 @@ def loop_sizes(sass):
 
 def measure(row, direction, variant="alibi", tile=None):
     """One dict of figures for a kernel on one row of the table."""
-    tile = tile or attention.table_tile(*row, direction, variant == "dropout")
+    tile = tile or attention.TILES[row][direction]
     began = time.time()
     kernel = compile_kernel(KERNELS[direction], row, variant, tile)
     seconds = time.time() - began

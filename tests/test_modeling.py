@@ -168,17 +168,6 @@ def test_on_cuda_auto_falls_back_where_triton_cannot(monkeypatch, dtype, head_di
     assert reason in warnings[0]
 
 
-def test_on_cuda_attention_dropout_falls_back_where_triton_is_too_old(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    queries = (torch.device("cuda"), torch.bfloat16, 64)
-    assert choose_backend("auto", *queries, dropout=True) == "triton"
-    monkeypatch.setattr(bert_layers, "DROPOUT_WORKS", False)
-    assert choose_backend("auto", *queries) == "triton"
-    assert choose_backend("auto", *queries, dropout=True) == "sdpa"
-    with pytest.raises(ValueError, match="attention dropout needs Triton 3.6"):
-        choose_backend("triton", *queries, dropout=True)
-
-
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_dropout_is_for_training_only(backend):
     model = make(BertModel, backend, attention_probs_dropout_prob=0.5)
