@@ -298,7 +298,7 @@ def _forward_kernel(
     total, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of BLOCK queries; grid: (tiles * heads,)."""
+    """out, and lse in base 2, of BLOCK queries; grid: (tiles * heads,)."""
     head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
     if start >= seqlen:
         return
@@ -346,7 +346,7 @@ def _forward_kernel(
     out_base = out + (first * heads + head) * HEAD_DIM
     out_tile = acc / (mass * keep)[:, None]
     _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse_tile = peak * scale + tl.log2(mass) * LN2
+    lse_tile = peak * (scale * LOG2E) + tl.log2(mass)
     tl.store(lse + rows, lse_tile, mask=rows < seqlen)
 
 
@@ -388,7 +388,7 @@ def _dq_kernel(
     o = _load(out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     drift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) * keep  # (BLOCK,)
     tl.store(delta + rows, drift, mask=rows < seqlen)
-    lse2 = tl.load(lse + rows, mask=rows < seqlen, other=0.0) * LOG2E
+    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)
     dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for SIDE in tl.static_range(3 if ALIBI else 2):
@@ -400,7 +400,7 @@ def _dq_kernel(
             scores, rest = _scores(
                 q, k, offsets, position_ids, slope, start, column, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse2)[:, None])
+            p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse_rows)[:, None])
             dp = _dot(do, v.T)  # (BLOCK, STEP)
             if seed is not None:
                 keys = column + tl.arange(0, STEP)
@@ -455,11 +455,11 @@ def _dkdv_kernel(
             rows = row + tl.arange(0, STEP)
             q = _load(q_base, stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
             do = _load(dout_base, dout_stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            lse2 = tl.load(lse + rows, mask=rows < seqlen, other=0.0) * LOG2E  # (STEP,)
+            lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
             scores, rest = _scores(
                 k, q, offsets, position_ids, slope, start, row, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            scores = scores * (scale * LOG2E) - lse2[None, :]
+            scores = scores * (scale * LOG2E) - lse_rows[None, :]
             p = tl.exp2(scores + (rest * (scale * LOG2E))[:, None])
             drift = tl.load(delta + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
             dp = _dot(v, do.T)  # (BLOCK, STEP)
@@ -505,12 +505,12 @@ def _block_backward_kernel(
     k = _load(q_base + stride_part, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse2 = tl.load(lse + rows, mask=rows < seqlen, other=float("inf")) * LOG2E  # (BLOCK,)
+    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=float("inf"))  # (BLOCK,)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
     scores, _ = _scores(
         q, k, offsets, position_ids, slope, start, start, seqlen, BLOCK, slopes is not None, 0
     )  # (BLOCK, BLOCK)
-    p = tl.exp2(scores * (scale * LOG2E) - lse2[:, None])
+    p = tl.exp2(scores * (scale * LOG2E) - lse_rows[:, None])
     dp = _dot(do, v.T)
     weights = p
     if seed is not None:
@@ -599,7 +599,7 @@ def _forward(
     scale: float,
     skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (total, heads, head_dim), lse (heads, total), norms (batch if skip else 0, heads, 2)."""
+    """out (total, heads, head_dim), log2-sum-exp2 (heads, total), norms (batch or 0, heads, 2)."""
     out, lse, norms = _forward_fake(
         qkv, cu_seqlens, tile_map, slopes, position_ids, seed, max_seqlen, dropout_p, scale, skip
     )
@@ -752,7 +752,7 @@ def flash_attn_varlen_qkvpacked_func(
         qkv, cu_seqlens, tile_map, alibi_slopes, position_ids, seed,
         max_seqlen, dropout_p, scale, skip,
     )  # fmt: skip
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse.detach() * LN2.value) if return_lse else out
 
 
 def _check(qkv, max_seqlen, dropout_p, softmax_scale, tensors):
