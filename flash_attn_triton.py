@@ -218,7 +218,8 @@ def _scores(
     streamed token's part, the distance from the tile's near edge, is the one instruction per score
     that ALiBi costs.
     """
-    tile = _dot(owned, streamed.T)  # (BLOCK, STEP)
+    # Not streamed.T: the interpreter of Triton 3.2 loses its type (any test of the output).
+    tile = _dot(owned, tl.trans(streamed))  # (BLOCK, STEP)
     rest = tl.zeros_like(offsets)  # (BLOCK,)
     if ALIBI:
         ANCHOR: tl.constexpr = STEP - 1 if SIDE == 1 else 0
@@ -401,7 +402,7 @@ def _dq_kernel(
                 q, k, offsets, position_ids, slope, start, column, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
             p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse_rows)[:, None])
-            dp = _dot(do, v.T)  # (BLOCK, STEP)
+            dp = _dot(do, tl.trans(v))  # (BLOCK, STEP)
             if seed is not None:
                 keys = column + tl.arange(0, STEP)
                 kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
@@ -462,7 +463,7 @@ def _dkdv_kernel(
             scores = scores * (scale * LOG2E) - lse_rows[None, :]
             p = tl.exp2(scores + (rest * (scale * LOG2E))[:, None])
             drift = tl.load(delta + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
-            dp = _dot(v, do.T)  # (BLOCK, STEP)
+            dp = _dot(v, tl.trans(do))  # (BLOCK, STEP)
             weights = p
             if seed is not None:
                 keys = start + tl.arange(0, BLOCK)
@@ -511,19 +512,19 @@ def _block_backward_kernel(
         q, k, offsets, position_ids, slope, start, start, seqlen, BLOCK, slopes is not None, 0
     )  # (BLOCK, BLOCK)
     p = tl.exp2(scores * (scale * LOG2E) - lse_rows[:, None])
-    dp = _dot(do, v.T)
+    dp = _dot(do, tl.trans(v))
     weights = p
     if seed is not None:
         first_word, second_word = _mask_words(seed, sequence, head)
         kept = _kept(first_word, second_word, rows[:, None], rows[None, :], cut)
         dp = tl.where(kept, dp, 0.0)
         weights = tl.where(kept, p, 0.0)
-    dv = _dot(weights.to(do.dtype).T, do)
+    dv = _dot(tl.trans(weights.to(do.dtype)), do)
     # Rows of p sum to 1 + e, the log-sum-exp being rounded. Without its inverse, 1 - e, delta does
     # not cancel dp (test_fp32_gradients_hold_at_large_scores).
     delta = tl.sum(p * dp, 1) * (2.0 - tl.sum(p, 1))  # (BLOCK,)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
-    dk = _dot(ds.T, q)
+    dk = _dot(tl.trans(ds), q)
     dq = _dot(ds, k)
     stride = 3 * heads * HEAD_DIM
     dk_base = dq_base + heads * HEAD_DIM
