@@ -347,7 +347,7 @@ def _forward_kernel(
     out_base = out + (first * heads + head) * HEAD_DIM
     out_tile = acc / (mass * keep)[:, None]
     _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse_tile = peak * (scale * LOG2E) + tl.log2(mass)
+    lse_tile = peak * scale * LOG2E + tl.log2(mass)
     tl.store(lse + rows, lse_tile, mask=rows < seqlen)
 
 
@@ -731,8 +731,11 @@ def flash_attn_varlen_qkvpacked_func(
     Returns:
         out (total, heads, head_dim) and, if asked for, lse (heads, total) fp32, natural logarithm
     """
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype == torch.float32:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    device = qkv.device.type
+    # Asking whether autocast is enabled raises on meta, which knows none.
+    known = torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device) and qkv.dtype == torch.float32:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
     tensors = dict(
         cu_seqlens=cu_seqlens, alibi_slopes=alibi_slopes, position_ids=position_ids, seed=seed,
         tile_map=tile_map,

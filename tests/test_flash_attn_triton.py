@@ -458,6 +458,18 @@ def test_autocast_casts_fp32():
     assert qkv.grad.dtype == torch.float32 and qkv.grad.isfinite().all()
 
 
+def test_meta_tensors_have_shapes_alone():
+    """Asked about autocast on meta, PyTorch raises."""
+    qkv = torch.empty(20, 3, 2, 16, device="meta", requires_grad=True)
+    cu_seqlens = torch.empty(2, dtype=torch.int32, device="meta")
+    if module.INTERPRETED:
+        flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 20).sum().backward()
+        assert qkv.grad.shape == qkv.shape
+    else:
+        with pytest.raises(ValueError, match="meta.*sdpa"):
+            flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 20)
+
+
 def test_trains_under_ddp(tmp_path):
     layer = torch.nn.Linear(16, 48).to(DEVICE)
     backend = "nccl" if DEVICE == "cuda" else "gloo"
