@@ -51,7 +51,7 @@ except ImportError:
     from torch.nn import init
 
 try:
-    from .flash_attn_triton import DROPOUT_WORKS, build_tile_map
+    from .flash_attn_triton import build_tile_map
     from .flash_attn_triton import flash_attn_varlen_qkvpacked_func as triton_varlen_attention
 except Exception as error:  # a broken installation must not keep the model from a CPU
     triton_varlen_attention, triton_missing = None, str(error)
@@ -287,9 +287,7 @@ KERNEL_LIMITS = {
 }
 
 
-def why_not(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: bool = False
-) -> str | None:
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """The reason why `backend` cannot run on such queries, or None if it can."""
     if backend not in KERNEL_LIMITS:
         return None
@@ -303,8 +301,6 @@ def why_not(
         return f"it takes {', '.join(map(str, dtypes))}, got {dtype}"
     if head_dim % 8 or head_dim > largest:
         return f"it takes head_dim that is a multiple of 8 up to {largest}, got {head_dim}"
-    if backend == "triton" and dropout and not DROPOUT_WORKS:
-        return "attention dropout needs Triton 3.6"
     return None
 
 
@@ -314,7 +310,6 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     output_attentions: bool = False,
-    dropout: bool = False,
 ) -> str:
     """Name of the backend that runs on queries of this device, dtype and head_dim.
 
@@ -337,7 +332,7 @@ def choose_backend(
             return "eager"
         if triton_varlen_attention is None or device.type != "cuda":
             return "sdpa"
-        if reason := why_not("triton", device, dtype, head_dim, dropout):
+        if reason := why_not("triton", device, dtype, head_dim):
             logger.warning_once(f"Attention runs on 'sdpa' instead of 'triton': {reason}")
             return "sdpa"
         return "triton"
@@ -346,7 +341,7 @@ def choose_backend(
             "output_attentions=True needs attn_implementation='eager' or none at all, "
             f"got {requested!r}, which never holds them"
         )
-    if reason := why_not(requested, device, dtype, head_dim, dropout):
+    if reason := why_not(requested, device, dtype, head_dim):
         raise ValueError(
             f"attn_implementation={requested!r} cannot run: {reason}. Use 'sdpa', or leave it out"
         )
@@ -615,7 +610,6 @@ class BertEncoder(nn.Module):
             autocast_dtype(device) or hidden_states.dtype,
             self.config.hidden_size // heads,
             output_attentions,
-            dropout=self.training and self.config.attention_probs_dropout_prob > 0,
         )
         # Not len(), which torch.export takes for a constant.
         if hidden_states.shape[0] == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash attention with ALiBi for variable-length batches, in Triton 3.2 to 3.9 (dropout: 3.6).
+"""Flash attention with ALiBi for variable-length batches, in Triton 3.2 to 3.9.
 
 For every head of every sequence, with keys from that sequence only,
 
@@ -24,8 +24,6 @@ try:
 except ImportError as err:
     raise ImportError("flash_attn_triton needs Triton: pip install triton") from err
 
-# Before 3.6 (seen on 3.2 and 3.3) the backward kernels with dropout fail in the compiler's tl.join.
-DROPOUT_WORKS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -65,15 +63,7 @@ UNKNOWN_SM = 89
 NORMS_TILE = (MAP_ROWS.value, None, 4, 1)
 
 
-def table_tile(sm: int, head_dim: int, itemsize: int, direction: str, dropout: bool):
-    """(BLOCK, STEP, warps, stages) of a row; with dropout half of STEP, for want of registers."""
-    block, step, warps, stages = TILES[sm, 64 if head_dim <= 64 else 128, itemsize][direction]
-    if dropout:
-        step = max(16, step // 2)
-    return (step if direction == "block" else block), step, warps, stages
-
-
-def tile_shape(qkv: torch.Tensor, direction: str, dropout: bool) -> tuple[int, int, int, int]:
+def tile_shape(qkv: torch.Tensor, direction: str) -> tuple[int, int, int, int]:
     """The table's (BLOCK, STEP, warps, stages) for the chip, dtype and head_dim of `qkv`."""
     sm = UNKNOWN_SM
     if qkv.is_cuda:
@@ -81,7 +71,7 @@ def tile_shape(qkv: torch.Tensor, direction: str, dropout: bool) -> tuple[int, i
         if major < 8:
             raise ValueError(f"needs compute capability 8.0, got {major}.{minor}: use sdpa")
         sm = SM_OF_CAPABILITY.get(10 * major + minor, UNKNOWN_SM)
-    return table_tile(sm, qkv.shape[-1], qkv.itemsize, direction, dropout)
+    return TILES[sm, 64 if qkv.shape[-1] <= 64 else 128, qkv.itemsize][direction]
 
 
 # What the kernels share. "Owned" tokens stay in registers, "streamed" ones pass by: in the forward
@@ -228,7 +218,8 @@ def _scores(
     streamed token's part, the distance from the tile's near edge, is the one instruction per score
     that ALiBi costs.
     """
-    tile = _dot(owned, streamed.T)  # (BLOCK, STEP)
+    # Not streamed.T: the interpreter of Triton 3.2 loses its type (any test of the output).
+    tile = _dot(owned, tl.trans(streamed))  # (BLOCK, STEP)
     rest = tl.zeros_like(offsets)  # (BLOCK,)
     if ALIBI:
         ANCHOR: tl.constexpr = STEP - 1 if SIDE == 1 else 0
@@ -252,19 +243,30 @@ def _scores(
 
 
 @triton.jit
-def _kept(seed, sequence, head, query, key, cut, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which attention weights of a tile survive dropout: (QUERIES, KEYS).
+def _mask_words(seed, sequence, head):
+    """Two random words, of which the dropout mask of one head of one sequence is a function."""
+    head = head.to(tl.int32)
+    first, second, _, _ = tl.philox(tl.load(seed), head, sequence, head, sequence)
+    return first, second
 
-    One Philox call serves four neighbouring keys of one query. It counts in places in the sequence,
-    so that every kernel draws the same mask whatever its tiles.
+
+@triton.jit
+def _kept(first, second, query, key, cut):
+    """Which weights survive dropout; `query` and `key`, places in the sequence, broadcast.
+
+    Only these places and the mask's two words count, so that every kernel draws the same mask
+    whatever its tiles. The number query * 2**16 + key goes through the steps of triple32 (Wellons,
+    Prospecting for Hash Functions). Dropout then costs 11 instructions per score; with a call of
+    Philox for four scores it costs 17 (forward, sm_90, Triton 3.9). Fewer than three products leave
+    correlations behind (test_dropout_masks_are_white_and_unlike_each_other).
     """
-    queries = (query + tl.arange(0, QUERIES))[:, None]
-    fours = (key // 4 + tl.arange(0, KEYS // 4))[None, :]
-    a, b, c, d = tl.philox(seed, queries, head.to(tl.int32), fours, sequence, n_rounds=7)
-    # Compared before they are joined: truth values need fewer registers than random bits.
-    a, b = a.to(tl.int32, bitcast=True) >= cut, b.to(tl.int32, bitcast=True) >= cut
-    c, d = c.to(tl.int32, bitcast=True) >= cut, d.to(tl.int32, bitcast=True) >= cut
-    return tl.join(tl.join(a, b), tl.join(c, d)).reshape(QUERIES, KEYS)
+    high = query.to(tl.uint32) << 16
+    # A key is below 2**16: the first step, x ^ (x >> 17), only concerns the query.
+    bits = (high ^ (high >> 17) ^ first) ^ key.to(tl.uint32)
+    bits = bits * 0xED5AD4BB + second
+    bits = (bits ^ (bits >> 11)) * 0xAC4C1B51
+    bits = (bits ^ (bits >> 15)) * 0x31848BAB
+    return bits.to(tl.int32, bitcast=True) >= cut
 
 
 @triton.jit
@@ -297,7 +299,7 @@ def _forward_kernel(
     total, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of BLOCK queries; grid: (tiles * heads,)."""
+    """out, and lse in base 2, of BLOCK queries; grid: (tiles * heads,)."""
     head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
     if start >= seqlen:
         return
@@ -310,11 +312,12 @@ def _forward_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
 
+    rows = start + tl.arange(0, BLOCK)
     q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -335,15 +338,16 @@ def _forward_kernel(
             p = tl.exp2(scores * (scale * LOG2E) - ((raised - rest) * (scale * LOG2E))[:, None])
             mass = mass * shrink + tl.sum(p, 1)
             if seed is not None:
-                p = tl.where(_kept(seed, sequence, head, start, column, cut, BLOCK, STEP), p, 0.0)
+                keys = column + tl.arange(0, STEP)
+                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
+                p = tl.where(kept, p, 0.0)
             acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
             peak = raised
 
     out_base = out + (first * heads + head) * HEAD_DIM
     out_tile = acc / (mass * keep)[:, None]
     _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    rows = start + tl.arange(0, BLOCK)
-    lse_tile = peak * scale + tl.log2(mass) * LN2
+    lse_tile = peak * scale * LOG2E + tl.log2(mass)
     tl.store(lse + rows, lse_tile, mask=rows < seqlen)
 
 
@@ -374,7 +378,7 @@ def _dq_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
@@ -385,7 +389,7 @@ def _dq_kernel(
     o = _load(out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     drift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) * keep  # (BLOCK,)
     tl.store(delta + rows, drift, mask=rows < seqlen)
-    lse2 = tl.load(lse + rows, mask=rows < seqlen, other=0.0) * LOG2E
+    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)
     dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for SIDE in tl.static_range(3 if ALIBI else 2):
@@ -397,10 +401,11 @@ def _dq_kernel(
             scores, rest = _scores(
                 q, k, offsets, position_ids, slope, start, column, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse2)[:, None])
-            dp = _dot(do, v.T)  # (BLOCK, STEP)
+            p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse_rows)[:, None])
+            dp = _dot(do, tl.trans(v))  # (BLOCK, STEP)
             if seed is not None:
-                kept = _kept(seed, sequence, head, start, column, cut, BLOCK, STEP)
+                keys = column + tl.arange(0, STEP)
+                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
                 dp = tl.where(kept, dp, 0.0)
             dq = _dot((p * (dp - drift[:, None])).to(k.dtype), k, dq)
     dq *= scale / keep
@@ -434,7 +439,7 @@ def _dkdv_kernel(
     if norms is not None:
         norms += 2 * (sequence * heads + head)
     if seed is not None:
-        seed = tl.load(seed)
+        first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
     low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
@@ -451,17 +456,18 @@ def _dkdv_kernel(
             rows = row + tl.arange(0, STEP)
             q = _load(q_base, stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
             do = _load(dout_base, dout_stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            lse2 = tl.load(lse + rows, mask=rows < seqlen, other=0.0) * LOG2E  # (STEP,)
+            lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
             scores, rest = _scores(
                 k, q, offsets, position_ids, slope, start, row, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            scores = scores * (scale * LOG2E) - lse2[None, :]
+            scores = scores * (scale * LOG2E) - lse_rows[None, :]
             p = tl.exp2(scores + (rest * (scale * LOG2E))[:, None])
             drift = tl.load(delta + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
-            dp = _dot(v, do.T)  # (BLOCK, STEP)
+            dp = _dot(v, tl.trans(do))  # (BLOCK, STEP)
             weights = p
             if seed is not None:
-                kept = _kept(seed, sequence, head, row, start, cut, STEP, BLOCK).T
+                keys = start + tl.arange(0, BLOCK)
+                kept = _kept(first_word, second_word, rows[None, :], keys[:, None], cut)
                 dp = tl.where(kept, dp, 0.0)
                 weights = tl.where(kept, p, 0.0)
             dv = _dot(weights.to(do.dtype), do, dv)
@@ -500,24 +506,25 @@ def _block_backward_kernel(
     k = _load(q_base + stride_part, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
     do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse2 = tl.load(lse + rows, mask=rows < seqlen, other=float("inf")) * LOG2E  # (BLOCK,)
+    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=float("inf"))  # (BLOCK,)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
     scores, _ = _scores(
         q, k, offsets, position_ids, slope, start, start, seqlen, BLOCK, slopes is not None, 0
     )  # (BLOCK, BLOCK)
-    p = tl.exp2(scores * (scale * LOG2E) - lse2[:, None])
-    dp = _dot(do, v.T)
+    p = tl.exp2(scores * (scale * LOG2E) - lse_rows[:, None])
+    dp = _dot(do, tl.trans(v))
     weights = p
     if seed is not None:
-        kept = _kept(tl.load(seed), sequence, head, start, start, cut, BLOCK, BLOCK)
+        first_word, second_word = _mask_words(seed, sequence, head)
+        kept = _kept(first_word, second_word, rows[:, None], rows[None, :], cut)
         dp = tl.where(kept, dp, 0.0)
         weights = tl.where(kept, p, 0.0)
-    dv = _dot(weights.to(do.dtype).T, do)
+    dv = _dot(tl.trans(weights.to(do.dtype)), do)
     # Rows of p sum to 1 + e, the log-sum-exp being rounded. Without its inverse, 1 - e, delta does
     # not cancel dp (test_fp32_gradients_hold_at_large_scores).
     delta = tl.sum(p * dp, 1) * (2.0 - tl.sum(p, 1))  # (BLOCK,)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
-    dk = _dot(ds.T, q)
+    dk = _dot(tl.trans(ds), q)
     dq = _dot(ds, k)
     stride = 3 * heads * HEAD_DIM
     dk_base = dq_base + heads * HEAD_DIM
@@ -593,7 +600,7 @@ def _forward(
     scale: float,
     skip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (total, heads, head_dim), lse (heads, total), norms (batch if skip else 0, heads, 2)."""
+    """out (total, heads, head_dim), log2-sum-exp2 (heads, total), norms (batch or 0, heads, 2)."""
     out, lse, norms = _forward_fake(
         qkv, cu_seqlens, tile_map, slopes, position_ids, seed, max_seqlen, dropout_p, scale, skip
     )
@@ -606,7 +613,7 @@ def _forward(
     if skip:
         pieces = _pieces(cu_seqlens, tile_map, NORMS_TILE[0])
         _launch(_norms_kernel, NORMS_TILE, pieces, qkv, dropout_p, **batch)
-    tile = tile_shape(qkv, "forward", seed is not None)
+    tile = tile_shape(qkv, "forward")
     pieces = _pieces(cu_seqlens, tile_map, tile[0])
     _launch(_forward_kernel, tile, pieces, qkv, dropout_p, out=out, lse=lse, **batch)
     return out, lse, norms
@@ -651,7 +658,7 @@ def _backward(
         norms=norms if skip else None, seed=seed, scale=scale, out=out, lse=lse, dqkv=dqkv,
         dout=dout, dout_stride_token=dout.stride(0), dout_stride_head=dout.stride(1),
     )  # fmt: skip
-    tile = tile_shape(qkv, "block", seed is not None)
+    tile = tile_shape(qkv, "block")
     if max_seqlen <= tile[0]:
         batch = cu_seqlens.shape[0] - 1
         _launch(_block_backward_kernel, tile, batch, qkv, dropout_p, **arguments)
@@ -659,7 +666,7 @@ def _backward(
     arguments["delta"] = torch.empty_like(lse)
     # The order matters: the first writes the delta that the second reads.
     for kernel, direction in ((_dq_kernel, "dq"), (_dkdv_kernel, "dkdv")):
-        tile = tile_shape(qkv, direction, seed is not None)
+        tile = tile_shape(qkv, direction)
         pieces = _pieces(cu_seqlens, tile_map, tile[0])
         _launch(kernel, tile, pieces, qkv, dropout_p, **arguments)
     return dqkv
@@ -703,9 +710,9 @@ def flash_attn_varlen_qkvpacked_func(
     qkv is cast first. Queries the GPU for nothing, so what only the GPU knows is not checked there:
     `cu_seqlens` must rise from 0 to total, no sequence be longer than max_seqlen.
 
-    Gradients are recomputed from the rounded out and log-sum-exp. In fp32, 2 of 144 random batches
-    (N(0, 1), head_dim 16, scale 0.5 to 2, interpreter) went beyond 3 times PyTorch's own error in
-    fp32; the worst was 5.8 times it, 1.5e-6 of the largest gradient.
+    Gradients are recomputed from the rounded out and log-sum-exp. In fp32, the worst of 432 random
+    batches (N(0, 1), head_dim 16, scale 0.5 to 2, interpreter) was 2.6 times as far off as PyTorch
+    in fp32; none was off by more than 2.2e-6 of the largest gradient.
 
     Args:
         qkv: (total, 3, heads, head_dim), any strides with a contiguous last axis
@@ -724,8 +731,11 @@ def flash_attn_varlen_qkvpacked_func(
     Returns:
         out (total, heads, head_dim) and, if asked for, lse (heads, total) fp32, natural logarithm
     """
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype == torch.float32:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    device = qkv.device.type
+    # Asking whether autocast is enabled raises on meta, which knows none.
+    known = torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device) and qkv.dtype == torch.float32:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
     tensors = dict(
         cu_seqlens=cu_seqlens, alibi_slopes=alibi_slopes, position_ids=position_ids, seed=seed,
         tile_map=tile_map,
@@ -746,7 +756,7 @@ def flash_attn_varlen_qkvpacked_func(
         qkv, cu_seqlens, tile_map, alibi_slopes, position_ids, seed,
         max_seqlen, dropout_p, scale, skip,
     )  # fmt: skip
-    return (out, lse.detach()) if return_lse else out
+    return (out, lse.detach() * LN2.value) if return_lse else out
 
 
 def _check(qkv, max_seqlen, dropout_p, softmax_scale, tensors):
@@ -790,10 +800,6 @@ def _check(qkv, max_seqlen, dropout_p, softmax_scale, tensors):
         raise ValueError(f"max_seqlen must be an int of 0 or more, got {max_seqlen!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0 and not DROPOUT_WORKS:
-        raise ValueError(
-            f"attention dropout needs Triton 3.6, this is {triton.__version__}: upgrade or use sdpa"
-        )
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if tensors["position_ids"] is not None and tensors["alibi_slopes"] is None:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast is attention with ALiBi over a batch of variable-length sequences, and beside what?
 
-Method: providers.py builds each provider's inputs once, for timing and for peak memory. Before a
-provider is timed, its output and gradients must pass the tests' error rule on a small batch. Times
-are medians with 20 and 80 % quantiles of triton.testing.do_bench; what a batch needs once for all
-layers (tile map, BlockMask, dense bias) is measured apart, as "prepare". TFLOP/s count every score
-within a sequence, skipped ones too; GB/s count qkv, out, lse, dout and dqkv once; neither counts
-padding.
+Method: providers.py builds each provider's inputs once, for timing and for peak memory. "first_ms"
+is the first call of a pass, compilation included: compilers' caches are empty when the script
+starts, so a provider's first rows show what a new process waits for, unless one with the same
+kernels came before. Then output and gradients must pass the tests' error rule on a small batch.
+Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench; what a batch needs
+once for all layers (tile map, BlockMask, dense bias) is measured apart, as "prepare". TFLOP/s count
+every score within a sequence, skipped ones too; GB/s count qkv, out, lse, dout and dqkv once;
+neither counts padding.
 
     python benchmarks/attention.py                          # bf16, 65,536 tokens, 12 heads of 64
     python benchmarks/attention.py --qkv layer.pt           # a trained layer's q, k and v
@@ -33,8 +35,8 @@ FLOP_PER_SCORE = {"forward": 4, "backward": 10, "both": 14}
 
 def measure(provider, shape):
     """A dict of figures for every pass."""
-    case = setup(provider, shape)
-    prepared = case.prepare()
+    case, first = setup(provider, shape), {}
+    prepared, first["prepare"] = common.first_call(case.prepare)
     scores = shape.heads * sum(length**2 for length in shape.lengths)
     tokens = sum(shape.lengths) * shape.heads
     out_bytes = tokens * shape.head_dim * shape.dtype.itemsize
@@ -42,7 +44,7 @@ def measure(provider, shape):
     # Forward reads qkv; backward reads qkv, out and dout and writes dqkv.
     bytes_moved = {"forward": 4 * out_bytes + lse_bytes, "backward": 8 * out_bytes + lse_bytes}
     bytes_moved["both"] = sum(bytes_moved.values())
-    out = case.attend(prepared)
+    out, first["forward"] = common.first_call(lambda: case.attend(prepared))
     dout = torch.randn_like(out)
 
     def forward():
@@ -55,10 +57,13 @@ def measure(provider, shape):
     def both():
         torch.autograd.grad(case.attend(prepared), case.leaf, dout)
 
+    _, first["backward"] = common.first_call(backward)
+    first["both"] = first["forward"] + first["backward"]
+    gate(provider, shape.heads, shape.head_dim, shape.dtype)
     for function in (case.prepare, forward, backward, both):
         name = "prepare" if function is case.prepare else function.__name__
         ms, low, high = milliseconds(function)
-        row = {"pass": name, "ms": ms, "p20": low, "p80": high}
+        row = {"pass": name, "ms": ms, "p20": low, "p80": high, "first_ms": first[name]}
         row["peak_bytes"] = common.peak_bytes(function)
         if name != "prepare":
             row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / ms / 1e9
@@ -84,7 +89,6 @@ def rows_of(provider, shape):
     reason = why_not(provider, shape)
     if reason is None:
         try:
-            gate(provider, shape.heads, shape.head_dim, shape.dtype)
             yield from measure(provider, shape)
         except AssertionError as err:
             reason = f"wrong: {err}"

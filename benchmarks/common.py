@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,10 @@ TOY = "--toy" in sys.argv
 if TOY:
     # Read when the kernels are defined, so it is set before they are imported.
     os.environ["TRITON_INTERPRET"] = "1"
+# What an earlier run compiled would hide the cost of a first call.
+caches = tempfile.TemporaryDirectory()
+os.environ["TRITON_CACHE_DIR"] = f"{caches.name}/triton"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches.name}/inductor"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -60,6 +65,16 @@ def milliseconds(function):
         function()
         times.append(1e3 * (time.perf_counter() - began))
     return torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+
+
+def first_call(function):
+    """What `function` returns, and the milliseconds until the device has it."""
+    synchronize = (lambda: None) if TOY else torch.cuda.synchronize
+    synchronize()
+    began = time.perf_counter()
+    result = function()
+    synchronize()
+    return result, 1e3 * (time.perf_counter() - began)
 
 
 def peak_bytes(function):

@@ -5,8 +5,8 @@ Method: for every row of the table (head_dim 64 and 128; 2 and 4 bytes) and ever
 replace the table's tile, the other kernels keeping theirs. One that does not fit in shared memory
 or fails the tests' error rule is left out; the rest are timed with ALiBi on sequences of --seqlen
 tokens, every tile visited, by the median of triton.testing.do_bench. The one-block backward gets
-the longest row at which it beats the two-pass kernels on full rows. Dropout runs with half of STEP
-and is not tuned: afterwards ask tests/resources.py for 0 spills in all variants.
+the longest row at which it beats the two-pass kernels on full rows. Dropout is not timed:
+afterwards ask tests/resources.py for 0 spills in all variants.
 
     python benchmarks/tune.py                        # this chip's four rows
     python benchmarks/tune.py --rows 64-2            # head_dim 64, 2 bytes per element
@@ -86,7 +86,7 @@ class Tuner:
         self.row, self.args, self.log = row, args, log
         self.tiles = dict(ours.TILES[row])
         # Takes the table's place, so that the kernels themselves stay as they are.
-        ours.tile_shape = lambda qkv, direction, dropout: self.tiles[direction]
+        ours.tile_shape = lambda qkv, direction: self.tiles[direction]
 
     def batch(self, seqlen):
         lengths = [seqlen] * max(1, self.args.tokens // seqlen)

@@ -36,6 +36,15 @@ import subprocess  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+# Where each attention backend runs. On a CPU, triton is its interpreter, which a machine with a GPU
+# does not use.
+CPU_BACKENDS = ["eager", "sdpa"] + ["triton"] * (not torch.cuda.is_available())
+PLACES = [pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in CPU_BACKENDS] + [
+    pytest.param(backend, "cuda", id=f"{backend}-cuda", marks=pytest.mark.gpu)
+    for backend in ("eager", "sdpa", "triton")
+]
+on_every_backend = pytest.mark.parametrize("backend, device", PLACES)
+
 MODEL_FILES = ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
 
 
@@ -51,6 +60,11 @@ def load_golden(name):
         weights,
         load_file(folder / "golden.safetensors"),
     )
+
+
+def to(device, tensors):
+    """A dict of tensors, on another device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def published_folder(folder, name="mosaic_tiny"):

@@ -7,6 +7,8 @@ Compiles every kernel for every row of the table of tile shapes and prints one J
     python tests/resources.py --rows 90-64-2         # sm, padded head_dim, bytes per element
     python tests/resources.py --variants none alibi
 
+"seconds" is what compiling took, about 0 where Triton's cache has the kernel: for the wait at a
+first call, set TRITON_ALWAYS_COMPILE=1. "per_score" has one figure for every loop over tiles.
 Not under TRITON_INTERPRET=1, which replaces the compiler.
 """
 
@@ -99,7 +101,7 @@ def loop_sizes(sass):
 
 def measure(row, direction, variant="alibi", tile=None):
     """One dict of figures for a kernel on one row of the table."""
-    tile = tile or attention.table_tile(*row, direction, variant == "dropout")
+    tile = tile or attention.TILES[row][direction]
     began = time.time()
     kernel = compile_kernel(KERNELS[direction], row, variant, tile)
     seconds = time.time() - began
