@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import alibi_attention, assert_as_close
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mosaic_bert import flash_attn_triton as module
 from mosaic_bert.flash_attn_triton import build_tile_map, flash_attn_varlen_qkvpacked_func
@@ -410,7 +411,7 @@ def test_compiles_in_one_graph_for_any_total(monkeypatch):
     use_tiles(monkeypatch, "square")
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def attend(qkv, cu_seqlens, slopes, seed):
