@@ -105,7 +105,8 @@ def main():
     parser.add_argument("--count", type=int, default=100, help="of documents read")
     args = parser.parse_args()
 
-    plan = recipes(args)
+    # Before training: the commit that trained may not be the one at its end.
+    where, plan = environment(), recipes(args)
     train(plan, args.output_dir)
     figures = {}
     for name in plan:
@@ -125,7 +126,7 @@ def main():
         for name, by_length in figures.items():
             facts = {"model": name, "trained_length": LENGTHS[0], "documents": len(ids)}
             results = {"loss": losses[name], "accuracy": {k: a for k, (_, a) in by_length.items()}}
-            file.write(json.dumps(facts | environment() | results) + "\n")
+            file.write(json.dumps(facts | where | results) + "\n")
     draw(losses, args.results / "extrapolation.png")
 
     print(f"{'loss (accuracy) at':<26}" + "".join(f"{length:>16}" for length in LENGTHS))

@@ -91,14 +91,15 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
 
-    plan = recipes(args)
+    # Before training: the commit that trained may not be the one at its end.
+    where, plan = environment(), recipes(args)
     train(plan, args.output_dir)
     curves = {name: curve(args.output_dir / name, BATCH) for name in plan}
     with open(args.results / "learning.jsonl", "a") as file:
         for name, points in curves.items():
             sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "learning_rate")
             facts = {key: plan[name][key] for key in sizes}
-            file.write(json.dumps({"model": name, **facts, **environment(), "curve": points}))
+            file.write(json.dumps({"model": name, **facts, **where, "curve": points}))
             file.write("\n")
     draw(curves, args.results / "learning.png")
 

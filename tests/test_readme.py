@@ -28,7 +28,7 @@ OF_OTHERS = {"convert_hf_to_gguf.py", "finetune/train.py"}
 
 
 @pytest.mark.parametrize(
-    "file", sorted(set(re.findall(r"\b[\w/]+\.(?:py|yaml)\b", README)) - OF_OTHERS)
+    "file", sorted(set(re.findall(r"\b[\w/-]+\.(?:py|yaml)\b", README)) - OF_OTHERS)
 )
 def test_every_file_it_names_exists(file):
     assert (ROOT / file).exists()
