@@ -45,7 +45,7 @@ def recipes(args) -> dict[str, dict]:
         "global_batch_size": 64,
         "per_device_train_batch_size": 64,
         "max_steps": args.steps,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "save_strategy": "no",
     }
     return {
@@ -58,12 +58,23 @@ def long_documents(path: str, tokenizer, length: int, count: int) -> torch.Tenso
     """(documents, length) ids of the first documents that are long enough."""
     documents = (row["text"] for row in load_files([path], streaming=True))
     rows = (tokenizer(x, truncation=True, max_length=length)["input_ids"] for x in documents)
-    return torch.tensor(list(itertools.islice((x for x in rows if len(x) == length), count)))
+    found = list(itertools.islice((x for x in rows if len(x) == length), count))
+    if not found:
+        raise ValueError(f"{path} has no document of {length} tokens: give longer ones")
+    return torch.tensor(found)
+
+
+def cut(ids: torch.Tensor, length: int, last: int) -> torch.Tensor:
+    """(documents, length) ids, the last of each row replaced by [SEP] as in training."""
+    ids = ids[:, :length].clone()
+    ids[:, -1] = last
+    return ids
 
 
 @torch.inference_mode()
-def masked_loss(model, ids: torch.Tensor, mask_id: int, special: list[int]) -> tuple[float, float]:
+def masked_loss(model, ids: torch.Tensor, tokenizer) -> tuple[float, float]:
     """(mean loss, accuracy) at 15 % masked tokens, the same of a document at every length."""
+    mask_id, special = tokenizer.mask_token_id, tokenizer.all_special_ids
     loss = right = count = 0.0
     for i, row in enumerate(ids):
         generator = torch.Generator().manual_seed(i)
@@ -116,9 +127,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         ids = long_documents(args.documents, tokenizer, max(LENGTHS), args.count)
         figures[name] = {
-            length: masked_loss(
-                model, ids[:, :length], tokenizer.mask_token_id, tokenizer.all_special_ids
-            )
+            length: masked_loss(model, cut(ids, length, tokenizer.sep_token_id), tokenizer)
             for length in LENGTHS
         }
     losses = {name: {k: loss for k, (loss, _) in x.items()} for name, x in figures.items()}

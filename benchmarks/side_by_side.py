@@ -18,12 +18,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def train(recipes: dict[str, dict], folder: Path):
-    """Trains a model by each recipe into folder/name.
+    """Trains a model by each recipe into folder/name, which must be new.
 
     On a CPU all at the same time, each pinned to a core of its own, so that what disturbs one
-    disturbs the others; on a GPU one after the other. A run that is complete is not repeated.
+    disturbs the others; on a GPU one after the other.
     """
-    waiting = [name for name in recipes if not (folder / name / "eval_results.json").exists()]
+    waiting = list(recipes)
     gpu = torch.cuda.is_available()
     cores = sorted(os.sched_getaffinity(0))
     if not gpu and len(cores) < len(waiting):
@@ -32,7 +32,7 @@ def train(recipes: dict[str, dict], folder: Path):
         running = []
         for core, name in zip(cores, group, strict=False):
             words = [sys.executable, str(ROOT / "train_mlm.py"), "--output_dir", str(folder / name)]
-            words += ["--overwrite", "--disable_tqdm", "true"]
+            words += ["--disable_tqdm", "true"]
             words += [] if gpu else ["--cpu_threads", "1"]
             words += [str(x) for key, value in recipes[name].items() for x in (f"--{key}", value)]
             pin = None if gpu else (lambda core=core: os.sched_setaffinity(0, {core}))
