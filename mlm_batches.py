@@ -105,11 +105,12 @@ class EndlessStream(torch.utils.data.IterableDataset):
             self.current, empty = copy.deepcopy(self.rows), True
             if self.place:
                 self.current.load_state_dict(self.place)
-                self.place = None
+                # It may have been the end of an epoch.
+                self.place, empty = None, False
             for row in self.current:
                 empty = False
                 yield row | {"epoch": self.epoch}
-            if empty and self.epoch == 0:
+            if empty:
                 raise ValueError("the stream has no rows for this process: give it more files")
             self.epoch += 1
 

@@ -90,14 +90,16 @@ def load_shards(folders: list[str], streaming: bool):
     """The rows of MosaicML StreamingDataset folders on this machine."""
     shards = []
     for folder in folders:
-        index = json.loads(Path(folder, "index.json").read_text())
-        shards += [(folder, number) for number in range(len(index["shards"]))]
+        index = Path(folder, "index.json").read_bytes()
+        # `datasets` keeps what it made of the same arguments: the index tells new shards from old.
+        digest = zlib.crc32(index)
+        shards += [(folder, i, digest) for i in range(len(json.loads(index)["shards"]))]
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(read_shards, gen_kwargs={"shards": shards})
 
 
-def read_shards(shards: list[tuple[str, int]]):
-    """Rows of the shards (folder, number); compressed ones are unpacked beside themselves."""
+def read_shards(shards: list[tuple[str, int, int]]):
+    """Rows of shards (folder, number, digest); compressed ones are unpacked beside themselves."""
     try:
         from streaming.base.stream import Stream
         from streaming.base.world import World
@@ -105,7 +107,7 @@ def read_shards(shards: list[tuple[str, int]]):
         raise ImportError(
             "shards of MosaicML's StreamingDataset need: pip install mosaicml-streaming"
         ) from error
-    for folder, number in shards:
+    for folder, number, _ in shards:
         stream = Stream(local=folder, keep_zip=True)
         stream.apply_default(
             dict.fromkeys(("split", "validate_hash"))
@@ -126,9 +128,11 @@ def with_text(documents, column: str):
     if column not in (columns := column_names(documents)):
         there = ", ".join(columns) or "none, it is empty"
         raise ValueError(f"--text_column {column} is not in the data; its columns: {there}")
-    return documents.filter(
-        lambda text: isinstance(text, str) and text.strip() != "", input_columns=column
-    )
+
+    def has_text(texts):
+        return [isinstance(text, str) and text.strip() != "" for text in texts]
+
+    return documents.filter(has_text, batched=True, input_columns=column, **parallel(documents))
 
 
 def split(documents, column: str, percent: float):
@@ -138,7 +142,7 @@ def split(documents, column: str, percent: float):
         def choose(texts):
             return [held_out(text, percent) == wanted for text in texts]
 
-        return documents.filter(choose, batched=True, input_columns=column)
+        return documents.filter(choose, batched=True, input_columns=column, **parallel(documents))
 
     return part(False), part(True)
 
@@ -250,10 +254,8 @@ def encode(documents, args: DataArguments, tokenizer, seed: int = 0):
     options = {"batched": True, "remove_columns": column_names(documents), "features": features}
     if is_stream(documents):
         return documents.map(function, batch_size=BLOCK, **options)
-    # A process takes longer to start than to tokenize a thousand documents.
-    processes = min(args.preprocessing_num_workers or usable_cores(), len(documents) // 1000)
-    processes = processes if processes > 1 else None
-    rows = documents.map(function, num_proc=processes, desc="Tokenizing", **options)
+    options |= parallel(documents, args.preprocessing_num_workers)
+    rows = documents.map(function, desc="Tokenizing", **options)
     if not len(rows):
         raise ValueError(
             f"{args.source()}: no text is left for training or for evaluation; give more of it, a "
@@ -296,6 +298,14 @@ def pack(pieces: list[list[int]], capacity: int) -> list[list[list[int]]]:
         rows[row].append(piece)
         bisect.insort(rooms, (room - len(piece), row))
     return rows
+
+
+def parallel(documents, workers: int | None = None) -> dict:
+    """`num_proc` for a pass over documents: all cores, or so many. A stream takes none, and a
+    process takes longer to start than it takes for a thousand documents."""
+    processes = 1 if is_stream(documents) else len(documents) // 1000
+    processes = min(workers or usable_cores(), processes)
+    return {"num_proc": processes} if processes > 1 else {}
 
 
 def usable_cores() -> int:
@@ -363,8 +373,8 @@ def main():
     model_args, tokenizer_args, args, recipe = parse(sys.argv[1:])
     if args.prepared_data is None:
         raise ValueError("give --prepared_data, the folder that the rows are written to")
-    if args.streaming:
-        raise ValueError("leave out --streaming: what is prepared is read whole")
+    # What is prepared is read whole, also by recipes that stream.
+    args.streaming = False
     train, validation = load_documents(args)
     name = tokenizer_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = choose_tokenizer(name, tokenizer_args, train, args.text_column)

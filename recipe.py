@@ -6,6 +6,7 @@ same recipes and flags; transformers' TrainingArguments are flags too.
 """
 
 import difflib
+import itertools
 import json
 import os
 from dataclasses import dataclass, fields
@@ -217,6 +218,11 @@ class RecipeArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"lr_end": self.lr_end * self.learning_rate, "power": 1.0}
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 0 if self.use_cpu else 4
+        # Each process reads its part of a stream: one cannot send others batches of unequal length.
+        self.accelerator_config = self.accelerator_config or {
+            "dispatch_batches": False,
+            "non_blocking": True,
+        }
         # accelerate reads it: one graph for any number of tokens.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
         super().__post_init__()
@@ -247,18 +253,24 @@ def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:
         ValueError: rows cannot be shared equally, or only in micro-batches of less than half of
             what a device could take; it names the nearest numbers that can.
     """
+    if found := try_split(rows, devices, most):
+        return found
+    lower = next((n for n in range(rows, 0, -1) if try_split(n, devices, most)), None)
+    upper = next(n for n in itertools.count(rows) if try_split(n, devices, most))
+    raise ValueError(
+        f"global_batch_size {rows} cannot be split over {devices} devices in micro-batches of at "
+        f"most {most} rows each (--per_device_train_batch_size): the nearest that can is "
+        f"{' or '.join(str(n) for n in (lower, upper) if n)}"
+    )
+
+
+def try_split(rows: int, devices: int, most: int) -> tuple[int, int] | None:
+    """`split_batch`, or None where that raises."""
     share, rest = divmod(rows, devices)
-    largest = min(most, share)
-    micro = next((m for m in range(largest, 0, -1) if share % m == 0), 0)
-    if rest or 2 * micro < largest or not micro:
-        step = devices * most if share >= most else devices
-        near = sorted({max(rows // step, 1) * step, (rows // step + 1) * step})
-        raise ValueError(
-            f"global_batch_size {rows} cannot be split over {devices} devices in micro-batches of "
-            f"at most {most} rows each (--per_device_train_batch_size): the nearest that can is "
-            f"{' or '.join(map(str, near))}"
-        )
-    return micro, share // micro
+    if rest or not share:
+        return None
+    micro = next(m for m in range(min(most, share), 0, -1) if share % m == 0)
+    return (micro, share // micro) if 2 * micro >= min(most, share) else None
 
 
 def parse(argv: list[str]):

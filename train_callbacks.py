@@ -3,6 +3,7 @@
 stop on SIGTERM, the log on disk and its picture. Trainer callbacks, for train_mlm.py.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -66,7 +68,7 @@ class Throughput(TrainerCallback):
             lengths = inputs["attention_mask"].sum(1)
         lengths = lengths.float()
         counted = torch.stack([lengths.sum(), (lengths**2).sum(), (labels != -100).sum().float()])
-        self.counted = counted.double() + (0 if self.counted is None else self.counted)
+        self.counted = counted if self.counted is None else self.counted + counted
         # These the host knows.
         self.places += labels.numel()
         self.rows += len(labels)
@@ -83,11 +85,13 @@ class Throughput(TrainerCallback):
     on_train_begin = on_evaluate = on_save = restart_clock
 
     def report(self, accelerator) -> dict[str, float]:
-        """Figures since the last report, of all processes together; every process must call it."""
+        """Figures since the last report, of all processes together; the peak memory is this one's,
+        evaluations included. Every process must call it."""
         if self.counted is None or not self.seconds:
             return {}
         known = self.counted.new_tensor([self.places, self.rows, self.sequences])
-        counts = accelerator.reduce(torch.cat([self.counted, known]), "sum").tolist()
+        counts = torch.cat([self.counted, known]).to(accelerator.device)
+        counts = accelerator.reduce(counts, "sum").tolist()
         tokens, _, _, places, rows, sequences = counts
         figures = {
             "tokens_per_second": tokens / self.seconds,
@@ -116,12 +120,12 @@ class StopOnSigterm(TrainerCallback):
     checkpoint saved, and ends the training.
 
     Several processes agree on the step, as the signal may reach them in different ones: each tells
-    the others at the end of a step and hears of it at the end of the next, so that nobody waits.
+    the others at the end of a step, and all read what was told at the end of the next.
     """
 
     def __init__(self):
         self.received = self.stopped = False
-        self.pending = None
+        self.told = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.receive)
@@ -136,12 +140,42 @@ class StopOnSigterm(TrainerCallback):
     def agreed(self, args) -> bool:
         if args.world_size == 1:
             return self.received
-        previous, flag = self.pending, torch.tensor(float(self.received), device=args.device)
-        self.pending = flag, torch.distributed.all_reduce(flag, async_op=True)
-        if previous is None:
-            return False
-        previous[1].wait()
-        return previous[0].item() > 0
+        flag = torch.full((), float(self.received), device=args.device)
+        torch.distributed.all_reduce(flag)
+        told, self.told = self.told, Later(flag)
+        return told is not None and told.read() > 0
+
+
+class Later:
+    """A number that a GPU is still computing, for the host to read in a while, without waiting for
+    what is queued behind it."""
+
+    def __init__(self, number: Tensor):
+        self.number, self.known = number, None
+        if number.is_cuda:
+            self.number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self.number.copy_(number, non_blocking=True)
+            self.known = torch.cuda.Event()
+            self.known.record()
+
+    def read(self) -> float | bool:
+        if self.known:
+            self.known.synchronize()
+        return self.number.item()
+
+
+@contextlib.contextmanager
+def saving(what: str, output_dir: str | Path):
+    """Says what is intact when writing fails, be it for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        checkpoint, _ = newest_checkpoint(Path(output_dir))
+        raise OSError(
+            f"{what} could not be written to {output_dir}: {error}. The last complete checkpoint: "
+            f"{checkpoint or 'none'}. Make room, then repeat the command with "
+            "--resume_from_checkpoint last"
+        ) from error
 
 
 class Checkpoints(TrainerCallback):
@@ -156,23 +190,33 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, train_dataloader=None, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self.streams:
-            place = {"processes": args.world_size, "loader": train_dataloader.state_dict()}
-            torch.save(place, folder / f"stream-{args.process_index}.pt")
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            mark_complete(folder)
+        with saving(folder.name, args.output_dir):
+            if self.streams:
+                loader = train_dataloader
+                place = {"shared by": (args.world_size, loader.num_workers)}
+                place |= {"loader": loader.state_dict()}
+                torch.save(place, folder / f"stream-{args.process_index}.pt")
+            if args.world_size > 1:
+                torch.distributed.barrier()
+            if state.is_world_process_zero:
+                mark_complete(folder)
 
     @staticmethod
     def load_place(loader, checkpoint: str, args):
-        """Puts a loader where it was. ValueError: the stream was shared by other processes."""
+        """Puts a loader where it was. ValueError: the stream was shared by others, or is new."""
         file = Path(checkpoint, f"stream-{args.process_index}.pt")
-        place = torch.load(file) if file.is_file() else {"processes": "no stream and no"}
-        if place["processes"] != args.world_size:
+        if not file.is_file():
             raise ValueError(
-                f"{checkpoint} was written by {place['processes']} processes, this run has "
-                f"{args.world_size}: a stream is resumed by as many as shared it"
+                f"{checkpoint} has no {file.name}: it is no checkpoint of a stream, or of fewer "
+                "processes; resume with as many, and without --streaming where it was not given"
+            )
+        place = torch.load(file)
+        if place["shared by"] != (args.world_size, loader.num_workers):
+            processes, workers = place["shared by"]
+            raise ValueError(
+                f"{checkpoint} is of {processes} process(es) with --dataloader_num_workers "
+                f"{workers}, this run has {args.world_size} with {loader.num_workers}: a stream is "
+                "resumed by as many as shared it"
             )
         loader.load_state_dict(place["loader"])
 

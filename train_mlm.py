@@ -12,7 +12,7 @@ is logged and saved in train_callbacks.py. The output folder is a complete Hub r
 config, code, tokenizer and a model card. Without data it reads English text that Python carries.
 """
 
-import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets.distributed
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -37,16 +38,19 @@ from prepare_data import (
     size,
     usable_cores,
 )
-from publishing import make_tokenizer_portable, publish, write_card
+from publishing import load_tokenizer, make_tokenizer_portable, publish, write_card
 from recipe import DataArguments, ModelArguments, RecipeArguments, TokenizerArguments, parse
 from train_callbacks import (
+    COMPLETE,
     Checkpoints,
+    Later,
     LogFile,
     MaskEpoch,
     StopOnSigterm,
     Throughput,
     draw_training,
     newest_checkpoint,
+    saving,
     what_is_torn,
 )
 
@@ -92,6 +96,11 @@ def continued_model(args: ModelArguments, tokenizer, max_seq_length: int):
             f"the tokenizer has ids up to {largest_id(tokenizer)}, {args.model_name_or_path} a "
             f"vocabulary of {config.vocab_size}: give the --tokenizer_name it was trained with"
         )
+    if not has_vocabulary_of(args.model_name_or_path, tokenizer):
+        raise ValueError(
+            f"the tokenizer has other entries than that of {args.model_name_or_path}: leave out "
+            "--tokenizer_name and --train_tokenizer"
+        )
     length = args.alibi_starting_size or max(config.alibi_starting_size, max_seq_length)
     config.alibi_starting_size = config.max_position_embeddings = length
     config.low_precision_layernorm = args.low_precision_layernorm
@@ -106,6 +115,14 @@ def continued_model(args: ModelArguments, tokenizer, max_seq_length: int):
         # What AdamW updates; transformers 5 would take the checkpoint's.
         dtype=torch.float32,
     )
+
+
+def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
+    """Whether the checkpoint's tokenizer has the same entries, or it has none."""
+    try:
+        return load_tokenizer(checkpoint).get_vocab() == tokenizer.get_vocab()
+    except ValueError:
+        return True
 
 
 def is_ours(model) -> bool:
@@ -133,9 +150,9 @@ class MlmTrainer(Trainer):
     logs throughput; stops where the loss is not finite or has risen by more than `divergence`, with
     the batch saved; saves tokenizers that every supported transformers reads.
 
-    What waits for the device in a step: the look at the loss of the micro-batch before, and with
-    several processes at the SIGTERM flag of the step before, when both are long since known. What
-    transformers reads at a log (loss, learning rate), and `grad_norm` if gradients are clipped.
+    What the host reads of a GPU in a step: the loss of the micro-batch before, and with several
+    processes the SIGTERM flag of the step before, each by an event, so that it waits for nothing
+    queued since. At a log transformers reads the loss and the norm of the gradients.
     """
 
     def __init__(self, model, args, train_rows, eval_rows, tokenizer, data: DataArguments):
@@ -159,9 +176,10 @@ class MlmTrainer(Trainer):
             compute_metrics=masked_accuracy,
             preprocess_logits_for_metrics=most_likely_tokens,
             callbacks=[
+                # Before the clock, which saving does not count for.
+                Checkpoints(self.streams),
                 self.throughput,
                 self.sigterm,
-                Checkpoints(self.streams),
                 LogFile(),
                 MaskEpoch(collator),
             ],
@@ -174,7 +192,9 @@ class MlmTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.check_loss()
+        return result
 
     def get_train_dataloader(self):
         return self.stream_loader() if self.streams else super().get_train_dataloader()
@@ -206,17 +226,22 @@ class MlmTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # A stream's batches are still on the CPU; to move them later would wait for the device.
+        moved = (send_to_device(x, device, non_blocking=True) for x in epoch_iterator)
+        return super().get_batch_samples(moved, num_batches, device)
+
     def training_step(self, model, inputs, *args, **kwargs):
         self.throughput.count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.check_loss()
-        self.unchecked = self.state.global_step + 1, inputs, loss
+        self.unchecked = self.state.global_step + 1, inputs, Later(loss)
         return loss
 
     def check_loss(self):
         """Stops if the loss of the micro-batch before is not finite."""
-        if self.unchecked and not torch.isfinite(self.unchecked[2]).item():
-            self.stop_with_batch(f"the loss is {self.unchecked[2].item()}")
+        if self.unchecked and not math.isfinite(loss := self.unchecked[2].read()):
+            self.stop_with_batch(f"the loss is {loss}")
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
@@ -234,11 +259,16 @@ class MlmTrainer(Trainer):
         step, inputs, _ = self.unchecked
         folder = Path(self.args.output_dir)
         file = folder / f"step-{step}-process-{self.args.process_index}.safetensors"
-        tensors = {k: v.contiguous() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-        save_file(tensors, file)
+        packed = {f"batch.{name}": x for name, x in inputs.get("batch", {}).items()}
+        tensors = {k: x for k, x in (inputs | packed).items() if isinstance(x, torch.Tensor)}
+        try:
+            save_file({k: x.contiguous() for k, x in tensors.items()}, file)
+            where = f"is in {file}"
+        except (OSError, SafetensorError) as error:
+            where = f"could not be saved ({error})"
         checkpoint, _ = newest_checkpoint(folder)
         raise FloatingPointError(
-            f"stopped in step {step}: {reason}. Its batch is in {file}; the last complete "
+            f"stopped in step {step}: {reason}. Its batch {where}; the last complete "
             f"checkpoint: {checkpoint or 'none'}. Try a lower --learning_rate, a longer "
             "--warmup_share or --max_grad_norm 1"
         )
@@ -246,7 +276,11 @@ class MlmTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs):
         # No checkpoint of weights that a loss that is not finite has reached.
         self.check_loss()
-        with saving(f"checkpoint-{self.state.global_step}", self.args.output_dir):
+        name = f"checkpoint-{self.state.global_step}"
+        with saving(name, self.args.output_dir):
+            # Written again, it is not complete until it is.
+            if self.is_world_process_zero():
+                Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -254,20 +288,6 @@ class MlmTrainer(Trainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             make_tokenizer_portable(folder, self.model.config.max_position_embeddings)
-
-
-@contextlib.contextmanager
-def saving(what: str, output_dir: str):
-    """Says what is intact when writing fails, be it for a full disk."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        checkpoint, _ = newest_checkpoint(Path(output_dir))
-        raise OSError(
-            f"{what} could not be written to {output_dir}: {error}. The last complete checkpoint: "
-            f"{checkpoint or 'none'}. Make room, then repeat the command with "
-            "--resume_from_checkpoint last"
-        ) from error
 
 
 def most_likely_tokens(logits, labels):
@@ -290,35 +310,48 @@ def masked_accuracy(evaluated) -> dict[str, float]:
 
 
 def checkpoint_to_resume(args: RecipeArguments) -> str | None:
+    """What `choose_checkpoint` says in the main process, for all: they may see other disks."""
+    choice = [choose_checkpoint(args) if args.process_index == 0 else None]
+    return broadcast_object_list(choice)[0]
+
+
+def choose_checkpoint(args: RecipeArguments) -> str | None:
     """The checkpoint asked for, None to start anew.
 
     Torn checkpoints are named and passed over by 'last', which starts anew if none is complete.
 
     Raises:
         ValueError: there is no output_dir, files would be overwritten, or the checkpoint asked for
-            is not there or not complete.
+            is not there, not complete, or older than another, which 'last' would take.
     """
     if not args.output_dir:
         raise ValueError("give --output_dir, the folder that the model is written to")
     wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
-    if wanted not in (None, "last"):
+    newest, torn = newest_checkpoint(folder)
+    if wanted == "last":
+        for reason in torn:
+            print(f"passed over {reason}")
+        print(f"resuming from {newest or 'the start: there is no complete checkpoint'}")
+    elif wanted:
         reason = what_is_torn(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
         if reason:
             raise ValueError(f"resume_from_checkpoint {wanted}: {reason}")
+        same_run = newest and Path(wanted).resolve().parent == newest.resolve().parent
+        if same_run and Path(wanted).resolve() != newest.resolve():
+            raise ValueError(f"{newest} is newer than {wanted}: move it away first")
         return wanted
-    checkpoint, torn = newest_checkpoint(folder) if wanted else (None, [])
-    if args.process_index == 0:
-        for reason in torn:
-            print(f"passed over {reason}")
-        if wanted:
-            print(f"resuming from {checkpoint or 'the start: there is no complete checkpoint'}")
+    elif newest:
+        raise ValueError(
+            f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
+            "continue with --resume_from_checkpoint last, or move the checkpoints away"
+        )
     holds_files = folder.exists() and any(folder.iterdir())
-    if holds_files and checkpoint is None and not torn and not args.overwrite:
+    if holds_files and not (newest or torn or args.overwrite):
         raise ValueError(
             f"output_dir {folder} is not empty: choose another, continue with "
             "--resume_from_checkpoint last, or write into it with --overwrite"
         )
-    return checkpoint and str(checkpoint)
+    return newest and str(newest)
 
 
 def use_all_cores(args: RecipeArguments):
@@ -410,7 +443,7 @@ def main():
     for name, value in facts.items():
         trainer.accelerator.print(f"{name}: {value}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.sigterm.stopped:
+    if trainer.sigterm.stopped and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.print(
             f"stopped by SIGTERM after step {trainer.state.global_step}, which is saved: repeat "
             "the command with --resume_from_checkpoint last"

@@ -11,6 +11,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training import DOCUMENTS, trained_tokenizer
 
+import prepare_data
 from mlm_batches import EndlessStream, MaskingCollator
 from prepare_data import encode
 from recipe import DataArguments
@@ -105,12 +106,14 @@ def test_packed_rows_have_positions_that_begin_anew():
 
 
 @pytest.fixture
-def stream(tmp_path):
+def stream(tmp_path, monkeypatch):
     """Makes a stream of two files of forty documents each."""
     for i, name in enumerate(("a", "b")):
         (tmp_path / f"{name}.txt").write_text("\n".join(DOCUMENTS[i * 40 : i * 40 + 40]))
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     tokenizer = trained_tokenizer()
+    # The stream is shuffled in more than one block.
+    monkeypatch.setattr(prepare_data, "BLOCK", 30)
 
     def make(packed=False):
         documents = datasets.load_dataset("text", data_files=files, split="train", streaming=True)
@@ -120,9 +123,9 @@ def stream(tmp_path):
     return make
 
 
-def loader_of(stream, workers):
+def loader_of(stream, workers, batch_size=6):
     return StatefulDataLoader(
-        stream, batch_size=6, num_workers=workers, collate_fn=lambda rows: rows
+        stream, batch_size=batch_size, num_workers=workers, collate_fn=lambda rows: rows
     )
 
 
@@ -141,6 +144,18 @@ def test_a_stream_goes_on_where_it_was_saved(stream, workers, packed):
         resumed.load_state_dict(places[place])
         rest = [rows for _, rows in zip(range(39 - place), resumed, strict=False)]
         assert rest == read[place + 1 :]
+
+
+def test_a_stream_saved_at_the_end_of_an_epoch_goes_on_with_the_next(stream):
+    """It was taken for one without rows."""
+    loader, read, places = loader_of(stream(), 0, batch_size=20), [], []
+    for _, rows in zip(range(8), loader, strict=False):
+        read.append(rows)
+        places.append(copy.deepcopy(loader.state_dict()))
+    resumed = loader_of(stream(), 0, batch_size=20)
+    resumed.load_state_dict(places[3])
+    assert [rows for _, rows in zip(range(4), resumed, strict=False)] == read[4:]
+    assert read[4][0]["epoch"] == 1
 
 
 def test_a_stream_is_complete_and_shuffled_alike_each_time(stream):

@@ -211,6 +211,31 @@ def test_shards_of_a_streaming_dataset_are_read_by_its_library(tmp_path, monkeyp
         assert [row["text"] for row in rows] == expected
 
 
+def test_a_recipe_that_streams_is_prepared_whole(tmp_path, monkeypatch):
+    """Every published recipe streams."""
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    (tmp_path / "recipe.yaml").write_text("streaming: true\nvocab_size: 100\n")
+    words = ["--train_file", "text.txt", "--validation_split", "20", "--prepared_data", "rows"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "recipe.yaml", *words])
+    prepare_data.main()
+    train, validation, _ = prepare_data.load_prepared(DataArguments(prepared_data="rows"))
+    assert len(train) + len(validation) == len(DOCUMENTS)
+
+
+def test_shards_written_again_are_read_again(tmp_path, monkeypatch):
+    """`datasets` would return what it made of shards of the same names."""
+    monkeypatch.setattr(prepare_data, "read_shards", rows_of_index)
+    for count in (2, 3):
+        (tmp_path / "index.json").write_text(json.dumps({"shards": [{}], "rows": count}))
+        assert len(prepare_data.load_files([str(tmp_path)], streaming=False)) == count
+
+
+def rows_of_index(shards):
+    index = json.loads(Path(shards[0][0], "index.json").read_text())
+    yield from ({"text": str(i)} for i in range(index["rows"]))
+
+
 def test_shards_without_their_library_name_it(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"shards": [{}]}))
     with pytest.raises(Exception, match="pip install mosaicml-streaming"):

@@ -23,8 +23,8 @@ def test_the_example_runs_as_it_stands(tmp_path):
     assert len(guesses.splitlines()) == 5
 
 
-# llama.cpp's and DNABERT-2's.
-OF_OTHERS = {"convert_hf_to_gguf.py", "finetune/train.py"}
+# llama.cpp's, DNABERT-2's and transformers'.
+OF_OTHERS = {"convert_hf_to_gguf.py", "finetune/train.py", "run_mlm.py"}
 
 
 @pytest.mark.parametrize(

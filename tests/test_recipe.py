@@ -25,7 +25,7 @@ def test_the_defaults_are_the_recipe():
     assert args.bf16 and model.low_precision_layernorm
 
 
-def test_warm_up_is_a_number_of_steps_or_a_share(monkeypatch):
+def test_warm_up_is_a_number_of_steps_or_a_share():
     args = parse(warmup_steps=7)[-1]
     assert args.get_warmup_steps(1000) == 7
     args.warmup_steps = 0.2
@@ -81,15 +81,19 @@ def test_a_global_batch_is_split_over_devices_and_micro_batches(rows, devices, m
 
 @pytest.mark.parametrize(
     ("rows", "devices", "most", "near"),
-    [(4096, 3, 64, "3840 or 4032|4032 or 4224"), (4, 8, 64, "8"), (254, 2, 64, "128 or 256")],
+    [(4096, 3, 64, "4095 or 4104"), (4, 8, 64, "8"), (254, 2, 64, "252 or 256")],
     ids=["3 devices", "fewer rows than devices", "127 is prime"],
 )
 def test_an_impossible_split_is_refused_with_the_nearest(rows, devices, most, near):
     message = f"global_batch_size {rows} .* {devices} devices .* at most {most} .*is ({near})$"
     with pytest.raises(ValueError, match=message):
         recipe.split_batch(rows, devices, most)
-    for proposal in near.split("|")[-1].split(" or "):
+    between = range(*sorted(map(int, near.split(" or ")))) if " or " in near else range(1, 8)
+    for proposal in near.split(" or "):
         recipe.split_batch(int(proposal), devices, most)
+    for other in list(between)[" or " in near :]:
+        with pytest.raises(ValueError):
+            recipe.split_batch(other, devices, most)
 
 
 def test_a_global_batch_sets_micro_batch_and_accumulation():

@@ -121,10 +121,12 @@ def test_sigterm_saves_and_exits_cleanly(whole, tmp_path):
 def test_a_stream_is_resumed_to_the_bit(whole, tmp_path):
     values = {"max_steps": 12, "dataloader_num_workers": 1}
     command = [*arguments(whole, **values), "--streaming"]
-    log = run(tmp_path, *command)
+    run(tmp_path, *command)
     expected = losses(tmp_path / "out")
     for step in (9, 12):
         (tmp_path / "out" / f"checkpoint-{step}" / "complete.json").unlink()
+    log = run(tmp_path, *command, *RESUME, "--dataloader_num_workers", "0", fails=True)
+    assert "checkpoint-6 is of 1 process(es) with --dataloader_num_workers 1, this run has 1" in log
     log = run(tmp_path, *command, *RESUME)
     assert "resuming from out/checkpoint-6" in log
     assert losses(tmp_path / "out") == expected and len(expected) == 12
@@ -146,6 +148,23 @@ def test_two_processes_have_the_losses_of_one(whole, tmp_path, model_type):
     assert len(one) == 20
     # Sums in another order: 2 ** -24 for each, amplified by 20 steps of training.
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_two_processes_share_a_stream(whole, tmp_path):
+    """Each reads its part, and what they counted is added up."""
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("\n".join(DOCUMENTS[i * 40 : i * 40 + 40]))
+    config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
+    command = [*arguments(whole, train_file="?.txt", max_steps=6, output_dir="two"), "--streaming"]
+    run(tmp_path, *ACCELERATE, *config, *command)
+    entries = [entry for entry in read_log(tmp_path / "two") if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        # [CLS] the old man reads a long book [SEP]
+        assert entry["mean_length"] == 9 and entry["padding_share"] == 0
+        assert entry["tokens_per_second"] == pytest.approx(9 * entry["samples_per_second"])
+    places = sorted(x.name for x in (tmp_path / "two" / "checkpoint-6").glob("stream-*.pt"))
+    assert places == ["stream-0.pt", "stream-1.pt"]
 
 
 # ---- in this process ----
@@ -202,6 +221,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(train, tmp_path,
         train(save_steps=1)
     batch = load_file(tmp_path / "out" / "step-5-process-0.safetensors")
     assert batch["input_ids"].shape == batch["labels"].shape and len(batch["labels"]) == 8
+    tokens = batch["batch.cu_seqlens"][-1]
+    assert len(batch["batch.cu_seqlens"]) == 9 and 0 < tokens <= batch["labels"].numel()
     # The step's own checkpoint would hold weights that are not finite.
     complete, torn = newest_checkpoint(tmp_path / "out")
     assert complete.name == "checkpoint-4" and not torn

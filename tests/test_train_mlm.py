@@ -208,6 +208,14 @@ def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, 
     )
 
 
+def test_a_tokenizer_of_other_entries_is_refused(trained, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*prepare_data.SPECIAL_TOKENS, "the", "man"]))
+    args = train_mlm.ModelArguments(model_name_or_path=str(trained.folder))
+    tokenizer = prepare_data.existing_tokenizer(str(tmp_path / "vocab.txt"), None)
+    with pytest.raises(ValueError, match="other entries than that of .*leave out --tokenizer_name"):
+        train_mlm.continued_model(args, tokenizer, 64)
+
+
 def test_demo_judges_the_model_that_the_embedded_text_made(tmp_path):
     tiny = SIZES | {"vocab_size": 2000, "max_seq_length": 32, "max_steps": 2, "cpu_threads": 1}
     log = run(tmp_path, ROOT / "train_mlm.py", *flags(**tiny, output_dir="out"))
@@ -291,6 +299,13 @@ def test_torn_checkpoints_are_named_and_passed_over(tmp_path, capsys):
     assert f"passed over {short}: optimizer.pt has 4 bytes of 8" in said
     assert f"passed over {lacking}: optimizer.pt is missing" in said
     assert f"passed over {unfinished}: it was not finished" in said
+    recipe.resume_from_checkpoint = None
+    with pytest.raises(ValueError, match="holds checkpoint-9 of another run.*move the checkpoints"):
+        train_mlm.checkpoint_to_resume(recipe)
+    older = checkpoint_of(tmp_path, 8)
+    recipe.resume_from_checkpoint = str(older)
+    with pytest.raises(ValueError, match="checkpoint-9 is newer than .*checkpoint-8: move it away"):
+        train_mlm.checkpoint_to_resume(recipe)
     recipe.resume_from_checkpoint = str(short)
     with pytest.raises(ValueError, match="checkpoint-10: optimizer.pt has 4 bytes of 8"):
         train_mlm.checkpoint_to_resume(recipe)
