@@ -345,8 +345,8 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
             f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
             "continue with --resume_from_checkpoint last, or move the checkpoints away"
         )
-    holds_files = folder.exists() and any(folder.iterdir())
-    if holds_files and not (newest or torn or args.overwrite):
+    goes_on = wanted == "last" and (newest or torn)
+    if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
         raise ValueError(
             f"output_dir {folder} is not empty: choose another, continue with "
             "--resume_from_checkpoint last, or write into it with --overwrite"

@@ -272,6 +272,13 @@ def test_an_output_folder_with_files_is_refused_and_kept(tmp_path):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+def test_what_a_crashed_run_left_is_not_overwritten_unasked(tmp_path):
+    (checkpoint_of(tmp_path, 3) / "complete.json").unlink()
+    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="is not empty.*--resume_from_checkpoint last"):
+        train_mlm.checkpoint_to_resume(recipe)
+
+
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
     recipe = train_mlm.RecipeArguments(
         output_dir=str(tmp_path), resume_from_checkpoint="missing/checkpoint-7"
