@@ -93,6 +93,15 @@ def run_python(code, *args, **environment):
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """transformers 4.57 leaves a run's precision in the environment, for all that come after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def mosaic(tmp_path_factory):
     """Folder of the published tiny MosaicBERT with our code."""
