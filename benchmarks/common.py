@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: batches, the correctness gate, clocks, and where figures come from."""
 
-import importlib.metadata
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from records import RESULTS, ROOT, provenance
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TOY = "--toy" in sys.argv
 if TOY:
@@ -91,14 +88,10 @@ def peak_bytes(function):
 
 def environment():
     """Device, versions, commit and date, for every row of figures."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
     device = "CPU, interpreter" if TOY else torch.cuda.get_device_name()
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"device": device, **versions, "commit": commit or None, "date": date}
+    return {"device": device, **provenance("torch", "triton")}
 
 
 def record_file(name):
     """Where a script's figures go: the records, or nowhere for a toy run."""
-    return os.devnull if TOY else str(ROOT / "benchmarks" / "results" / f"{name}.jsonl")
+    return os.devnull if TOY else str(RESULTS / f"{name}.jsonl")

@@ -12,20 +12,17 @@ Prints a line for each batch, appended to results/export_onnx.jsonl too: millise
 """
 
 import argparse
-import importlib.metadata
 import json
 import platform
-import subprocess
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import onnxruntime
 import torch
+from records import RESULTS, ROOT, provenance
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[1]
 # (name, seqlen, tokens of each of 8 rows)
 BATCHES = [
     ("full", 128, [128] * 8),
@@ -75,17 +72,10 @@ def main():
             Path(folder, "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
 
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    facts = {
-        name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "transformers")
-    } | {
+    facts = provenance("torch", "onnxruntime", "transformers") | {
         "device": f"{platform.machine()} CPU, {args.threads} thread(s)",
         "layers": args.layers,
         "rounds": args.rounds,
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     for name, seqlen, lengths in BATCHES:
         inputs = make_inputs(seqlen, lengths)
@@ -109,7 +99,7 @@ def main():
         row = {"batch": name, "shape": [8, seqlen], "tokens": sum(lengths), **medians}
         line = json.dumps(row | {"ours/onnxruntime": ratio} | facts)
         print(line)
-        with open(ROOT / "benchmarks" / "results" / "export_onnx.jsonl", "a") as file:
+        with open(RESULTS / "export_onnx.jsonl", "a") as file:
             file.write(line + "\n")
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from side_by_side import RESULTS, curve, environment, train
+from records import RESULTS
+from side_by_side import curve, environment, train
 
 NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
 BATCH = 32

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks that train share: runs side by side, their curves, and the machine."""
 
-import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from records import ROOT, provenance
 
 
 def train(recipes: dict[str, dict], folder: Path):
@@ -70,17 +66,12 @@ def curve(folder: Path, rows_per_step: int) -> list[dict]:
 
 def environment() -> dict:
     """Command, device, versions, commit and date, for every record."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "transformers")
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit or None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("torch", "transformers"),
     }
 
 
