@@ -3,15 +3,17 @@
 
 Trains a small MosaicBERT and transformers' BERT of the same width, depth and number of weights in
 the MLPs (the gated one has three matrices, so it is two thirds as wide) by the same recipe, on the
-same text in the same order, masked alike. On a CPU both run at the same time, each on a core of its
-own. Held-out loss is at 15 % masked tokens, of which both are shown the same.
+same text in the same order, masked alike, at several peak learning rates, since what suits one may
+not suit the other. On a CPU both run at the same time, each on a core of its own. Held-out loss is
+at 15 % masked tokens, of which both are shown the same.
 
     python prepare_data.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
         --vocab_size 4096 --prepared_data runs/wiki-128
-    python benchmarks/learning.py --prepared_data runs/wiki-128
+    python benchmarks/learning.py --prepared_data runs/wiki-128 --learning_rates 5e-4 1e-3 2e-3
 
-Writes learning.jsonl, a record for each model with its curve, and learning.png; prints a table. The
-last line is JSON: seconds and tokens that BERT and MosaicBERT needed to the loss BERT ended at.
+Adds a record with a curve to learning.jsonl for each model and rate. From all in that file that are
+of this size it draws learning.png and prints a table. The last line is JSON: the tokens and seconds
+that each model, at its best rate, needed to the loss at which BERT ended.
 """
 
 import argparse
@@ -27,8 +29,8 @@ NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
 BATCH = 32
 
 
-def recipes(args) -> dict[str, dict]:
-    """Flags of train_mlm.py for each model."""
+def recipes(args, rate: float) -> dict[str, dict]:
+    """Flags of train_mlm.py for each model, at this peak learning rate."""
     width = args.hidden_size
     shared = {
         "prepared_data": args.prepared_data,
@@ -38,7 +40,7 @@ def recipes(args) -> dict[str, dict]:
         "global_batch_size": BATCH,
         "per_device_train_batch_size": BATCH,
         "max_steps": args.steps,
-        "learning_rate": args.learning_rate,
+        "learning_rate": rate,
         "logging_steps": args.steps // 40,
         "eval_strategy": "steps",
         "eval_steps": args.steps // 10,
@@ -62,19 +64,48 @@ def needed(points: list[dict], loss: float, axis: str) -> float | None:
     )
 
 
-def draw(curves: dict[str, list[dict]], path: Path):
+def comparable(args) -> list[dict]:
+    """The records of runs of this size, the newest of each model and rate."""
+    newest = {}
+    for line in (args.results / "learning.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        size = run["hidden_size"], run["num_hidden_layers"], run["curve"][-1]["step"]
+        if size == (args.hidden_size, args.layers, args.steps):
+            newest[run["model"], run["learning_rate"]] = run
+    return [newest[key] for key in sorted(newest)]
+
+
+def best_of(runs: list[dict]) -> dict[str, dict]:
+    """Each model's run that ended at the lowest loss."""
+    ending = sorted(runs, key=lambda run: -run["curve"][-1]["eval_loss"])
+    return {run["model"]: run for run in ending}
+
+
+def draw(runs: list[dict], path: Path):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    best = best_of(runs)
+    colors = dict(zip(NAMES, ("C0", "C1"), strict=True))
     for axes, (axis, label, unit) in zip(
         figure.subplots(1, 2, sharey=True),
         (("tokens", "million tokens", 1e6), ("seconds", "minutes of training", 60)),
         strict=True,
     ):
-        for name, points in curves.items():
-            x = [point[axis] / unit for point in points]
-            axes.plot(x, [point["eval_loss"] for point in points], marker=".", label=NAMES[name])
+        for run in runs:
+            x = [point[axis] / unit for point in run["curve"]]
+            y = [point["eval_loss"] for point in run["curve"]]
+            chosen = run is best[run["model"]]
+            axes.plot(
+                x,
+                y,
+                color=colors[run["model"]],
+                marker="." if chosen else None,
+                linewidth=1.5 if chosen else 0.7,
+                alpha=1 if chosen else 0.5,
+                label=f"{NAMES[run['model']]}, {run['learning_rate']:g}",
+            )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.legend(title="peak learning rate")
     figure.axes[0].set_ylabel("held-out loss, 15 % masked (nats)")
     figure.savefig(path, dpi=120)
 
@@ -89,28 +120,34 @@ def main():
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     args = parser.parse_args()
 
     # Before training: the commit that trained may not be the one at its end.
-    where, plan = environment(), recipes(args)
-    train(plan, args.output_dir)
-    curves = {name: curve(args.output_dir / name, BATCH) for name in plan}
-    with open(args.results / "learning.jsonl", "a") as file:
-        for name, points in curves.items():
-            sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "learning_rate")
-            facts = {key: plan[name][key] for key in sizes}
-            file.write(json.dumps({"model": name, **facts, **where, "curve": points}))
-            file.write("\n")
-    draw(curves, args.results / "learning.png")
+    where = environment()
+    for rate in args.learning_rates:
+        plan, folder = recipes(args, rate), args.output_dir / f"{rate:g}"
+        train(plan, folder)
+        with open(args.results / "learning.jsonl", "a") as file:
+            for name, flags in plan.items():
+                sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "learning_rate")
+                facts = {"model": name} | {key: flags[key] for key in sizes}
+                record = facts | where | {"curve": curve(folder / name, BATCH)}
+                file.write(json.dumps(record) + "\n")
 
-    print(f"{'model':<12}{'step':>7}{'Mtokens':>9}{'minutes':>9}{'loss':>8}{'accuracy':>10}")
-    for name, points in curves.items():
-        for p in points:
+    runs = comparable(args)
+    draw(runs, args.results / "learning.png")
+    print(
+        f"{'model':<12}{'rate':>8}{'step':>7}{'Mtokens':>9}{'minutes':>9}{'loss':>8}{'accuracy':>10}"
+    )
+    for run in runs:
+        for p in run["curve"]:
             print(
-                f"{NAMES[name]:<12}{p['step']:>7}{p['tokens'] / 1e6:>9.2f}{p['seconds'] / 60:>9.1f}"
-                f"{p['eval_loss']:>8.3f}{p['eval_masked_accuracy']:>10.1%}"
+                f"{NAMES[run['model']]:<12}{run['learning_rate']:>8g}{p['step']:>7}"
+                f"{p['tokens'] / 1e6:>9.2f}{p['seconds'] / 60:>9.1f}{p['eval_loss']:>8.3f}"
+                f"{p['eval_masked_accuracy']:>10.1%}"
             )
+    curves = {name: run["curve"] for name, run in best_of(runs).items()}
     target = curves["bert"][-1]["eval_loss"]
     print(
         json.dumps(
