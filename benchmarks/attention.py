@@ -19,13 +19,14 @@ run are rows that say why.
 """
 
 import argparse
-import json
 
-import common  # before the kernels: with --toy it chooses the interpreter
+import common  # noqa: F401, before the kernels: with --toy it chooses the interpreter
 import torch
 import torch._functorch.config
-from common import TOY, milliseconds
+from clocks import TOY, first_call, peak_bytes, record_file
+from common import milliseconds
 from providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
+from records import recorder
 
 # The dense ones hold batch x heads x seqlen x seqlen.
 DENSE_UP_TO = 2048
@@ -36,7 +37,7 @@ FLOP_PER_SCORE = {"forward": 4, "backward": 10, "both": 14}
 def measure(provider, shape):
     """A dict of figures for every pass."""
     case, first = setup(provider, shape), {}
-    prepared, first["prepare"] = common.first_call(case.prepare)
+    prepared, first["prepare"] = first_call(case.prepare)
     scores = shape.heads * sum(length**2 for length in shape.lengths)
     tokens = sum(shape.lengths) * shape.heads
     out_bytes = tokens * shape.head_dim * shape.dtype.itemsize
@@ -44,7 +45,7 @@ def measure(provider, shape):
     # Forward reads qkv; backward reads qkv, out and dout and writes dqkv.
     bytes_moved = {"forward": 4 * out_bytes + lse_bytes, "backward": 8 * out_bytes + lse_bytes}
     bytes_moved["both"] = sum(bytes_moved.values())
-    out, first["forward"] = common.first_call(lambda: case.attend(prepared))
+    out, first["forward"] = first_call(lambda: case.attend(prepared))
     dout = torch.randn_like(out)
 
     def forward():
@@ -57,14 +58,14 @@ def measure(provider, shape):
     def both():
         torch.autograd.grad(case.attend(prepared), case.leaf, dout)
 
-    _, first["backward"] = common.first_call(backward)
+    _, first["backward"] = first_call(backward)
     first["both"] = first["forward"] + first["backward"]
     gate(provider, shape.heads, shape.head_dim, shape.dtype)
     for function in (case.prepare, forward, backward, both):
         name = "prepare" if function is case.prepare else function.__name__
         ms, low, high = milliseconds(function)
         row = {"pass": name, "ms": ms, "p20": low, "p80": high, "first_ms": first[name]}
-        row["peak_bytes"] = common.peak_bytes(function)
+        row["peak_bytes"] = peak_bytes(function)
         if name != "prepare":
             row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / ms / 1e9
             row["gbytes_per_s"] = bytes_moved[name] / ms / 1e6
@@ -107,7 +108,7 @@ def main():
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--qkv", help="torch.save'd (total, 3, heads, head_dim), not N(0, 1)")
-    parser.add_argument("--output", default=common.record_file("attention"))
+    parser.add_argument("--output", default=record_file("attention"))
     parser.add_argument("--toy", action="store_true")
     if TOY:
         # Not bf16, of which the interpreter gets products wrong.
@@ -115,26 +116,23 @@ def main():
     args = parser.parse_args()
     # retain_graph needs the buffers that compiled backward passes would otherwise give away.
     torch._functorch.config.donated_buffer = False
-    where, dtype = common.environment(), getattr(torch, args.dtype)
+    record, dtype = recorder(args.output, "triton"), getattr(torch, args.dtype)
     qkv = torch.load(args.qkv, weights_only=True) if args.qkv else None
     if qkv is not None:
         args.tokens, _, args.heads, args.head_dim = qkv.shape
-    with open(args.output, "a") as file:
-        for provider in args.providers:
-            for lengths in ("fixed", "c4"):
-                for seqlen in args.seqlens:
-                    drawn = draw(lengths, seqlen, args.tokens)
-                    shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
-                    row = {
-                        "provider": provider, "bias": provider not in WITHOUT_BIAS,
-                        "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
-                        "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
-                        "head_dim": args.head_dim, "dtype": args.dtype,
-                    }  # fmt: skip
-                    for figures in rows_of(provider, shape):
-                        line = json.dumps(row | figures | where)
-                        print(line, flush=True)
-                        print(line, file=file, flush=True)
+    for provider in args.providers:
+        for lengths in ("fixed", "c4"):
+            for seqlen in args.seqlens:
+                drawn = draw(lengths, seqlen, args.tokens)
+                shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
+                row = {
+                    "provider": provider, "bias": provider not in WITHOUT_BIAS,
+                    "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
+                    "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
+                    "head_dim": args.head_dim, "dtype": args.dtype,
+                }  # fmt: skip
+                for figures in rows_of(provider, shape):
+                    record(row | figures)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from records import RESULTS, ROOT, provenance
+from records import RESULTS, ROOT, environment
 from transformers import AutoConfig, AutoModel
 
 # (name, seqlen, tokens of each of 8 rows)
@@ -72,7 +72,7 @@ def main():
             Path(folder, "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
 
-    facts = provenance("torch", "onnxruntime", "transformers") | {
+    facts = environment("onnxruntime") | {
         "device": f"{platform.machine()} CPU, {args.threads} thread(s)",
         "layers": args.layers,
         "rounds": args.rounds,

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from records import RESULTS
-from side_by_side import curve, environment, train
+from records import RESULTS, environment
+from side_by_side import curve, train
 
 NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
 BATCH = 32
