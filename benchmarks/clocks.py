@@ -4,6 +4,7 @@
 With --toy a script proves itself on a CPU: tiny sizes, Triton's interpreter, no records.
 """
 
+import math
 import os
 import sys
 import time
@@ -41,19 +42,22 @@ def quantiles(times):
     return torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
-def interleaved(functions, rounds, repeats=1):
+def interleaved(functions, rounds, repeats=1, seconds=math.inf):
     """Times functions in turn, so that what disturbs one disturbs the others, and ratios are fair.
 
     Args:
         functions: dict by name, each warmed before.
-        rounds: samples of each.
+        rounds: samples of each, fewer but at least 3 once `seconds` have passed.
         repeats: calls in a sample, between which a GPU is not waited for.
 
     Returns:
         dict: name to milliseconds of a call, median, 20 and 80 % quantile.
     """
     times = {name: [] for name in functions}
-    for _ in range(rounds):
+    end = time.monotonic() + seconds
+    for done in range(rounds):
+        if done >= 3 and time.monotonic() > end:
+            break
         for name, function in functions.items():
             synchronize()
             began = time.perf_counter()

@@ -58,6 +58,8 @@ SETTINGS = {
     "modernbert-compiled": Setting("modernbert", "sdpa", compiled=True),
     "modernbert-flex": Setting("modernbert", "flex_attention", packed=True, compiled=True),
     "modernbert-flash": Setting("modernbert", "flash_attention_2"),
+    # Exported by inference.py.
+    "onnxruntime": Setting("mosaic", "eager"),
 }
 
 
@@ -112,28 +114,32 @@ def configure(setting: Setting, longest: int):
 
 
 class Encoder:
-    """A masked language model in a setting.
+    """A masked language model in a setting, for a task.
 
     Args:
         name: of SETTINGS.
         dtype: in training of autocast, the weights being float32; else of the weights.
         longest: row that it will see.
-        training: also keeps an AdamW, and packs batches as train_mlm.py does.
+        task: "step", an optimizer step, on batches packed as train_mlm.py does; "fill-mask",
+            logits of all tokens; "embeddings", the mean of the last hidden states of a row.
 
     Raises:
-        ImportError, ValueError, RuntimeError: the setting is not to be had here.
+        AssertionError: it is wrong, see `check`.
+        ImportError, RuntimeError, ValueError: the setting is not to be had here.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, longest: int, training: bool):
-        self.name, self.setting, self.dtype, self.training = name, SETTINGS[name], dtype, training
+    def __init__(self, name: str, dtype: torch.dtype, longest: int, task: str):
+        self.name, self.setting, self.dtype, self.task = name, SETTINGS[name], dtype, task
         torch.manual_seed(0)
         self.model = AutoModelForMaskedLM.from_config(
             configure(self.setting, longest),
             trust_remote_code=True,
             attn_implementation=self.setting.attention,
         ).to(DEVICE)
-        if training:
+        # Flex has no backward pass on a CPU.
+        if not (TOY and self.setting.attention == "flex_attention"):
             self.check()
+        if task == "step":
             # The recipe's.
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.02,
@@ -141,26 +147,27 @@ class Encoder:
             )  # fmt: skip
         else:
             self.model.to(dtype)
-        self.model.train(training)
-        self.run = self.model
+        self.model.train(task == "step")
+        self.run = self.model.base_model if task == "embeddings" else self.model
         if self.setting.compiled and not TOY:
             # Unpadded batches never have the same size again.
             dynamic = True if self.setting.packed else None
-            self.run = torch.compile(self.model, dynamic=dynamic)
+            self.run = torch.compile(self.run, dynamic=dynamic)
 
     def autocast(self, dtype=None):
         dtype = dtype or self.dtype
         return torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
 
     def inputs(self, rows: Rows, labels: bool) -> list[dict]:
-        """Arguments of `run`, a dict for each micro-batch, on the device."""
-        if self.setting.packed and (self.training or self.setting.model != "mosaic"):
+        """Arguments of the model, a dict for each micro-batch, on the device."""
+        # For inference ours is given a mask, as its users do.
+        if self.setting.packed and (labels or self.setting.model != "mosaic"):
             return [self.packed(rows, labels)]
         at_once = max(1, POSITIONS // rows.ids.shape[1])
         batches = []
         for start in range(0, len(rows.lengths), at_once):
             part = rows[start : start + at_once]
-            batch = {"input_ids": part.ids, "labels": part.labels if labels else None}
+            batch = {"input_ids": part.ids} | ({"labels": part.labels} if labels else {})
             if not part.mask.all():
                 batch["attention_mask"] = part.mask
             batches.append(batch)
@@ -168,10 +175,9 @@ class Encoder:
 
     def packed(self, rows: Rows, labels: bool) -> dict:
         """All rows without their padding, and what keeps them apart."""
-        given = rows.labels if labels else None
         if self.setting.model == "mosaic":
-            batch = pack_batch(rows.ids, rows.mask, labels=given)
-            return to_device({"input_ids": rows.ids, "labels": given, "batch": batch._asdict()})
+            batch = pack_batch(rows.ids, rows.mask, labels=rows.labels)._asdict()
+            return to_device({"input_ids": rows.ids, "labels": rows.labels, "batch": batch})
         from torch.nn.attention.flex_attention import create_block_mask
 
         real = rows.mask.bool()
@@ -190,18 +196,33 @@ class Encoder:
         if self.setting.model == "modernbert":
             local = build(near, None, None, len(row), len(row), DEVICE)
             mask = {"full_attention": mask, "sliding_attention": local}
-        batch = {"input_ids": rows.ids[real], "position_ids": position, "labels": None}
-        if labels:
-            batch["labels"] = rows.labels[real]
-        batch = {name: None if x is None else x[None] for name, x in batch.items()}
-        return to_device(batch) | {"attention_mask": mask}
+        batch = {"input_ids": rows.ids[real], "position_ids": position}
+        batch |= {"labels": rows.labels[real]} if labels else {}
+        return to_device({name: x[None] for name, x in batch.items()}) | {"attention_mask": mask}
 
-    def step(self, rows: Rows):
-        """A function that takes a whole optimizer step over the rows, and returns their loss."""
-        batches = self.inputs(rows, labels=True)
-        shares = [
-            (batch["labels"] != -100).sum() / (rows.labels != -100).sum() for batch in batches
-        ]
+    def function(self, rows: Rows):
+        """A function that does the task for the rows, and returns what shows that it went well:
+        the loss, or the last micro-batch's logits or embeddings."""
+        batches = self.inputs(rows, labels=self.task == "step")
+        if self.task == "step":
+            return self.step(batches)
+
+        @torch.no_grad()
+        def infer():
+            for batch in batches:
+                output = self.run(**batch)
+                if self.task == "fill-mask":
+                    result = output.logits
+                else:
+                    result = mean(output.last_hidden_state, batch.get("attention_mask"))
+            return result
+
+        return infer
+
+    def step(self, batches: list[dict]):
+        """A function that takes a whole optimizer step, and returns the loss."""
+        labels = [(batch["labels"] != -100).sum() for batch in batches]
+        shares = [count / sum(labels) for count in labels]
 
         def step():
             total = 0
@@ -215,18 +236,6 @@ class Encoder:
             return total
 
         return step
-
-    def forward(self, rows: Rows):
-        """A function that returns the logits of all tokens."""
-        batches = self.inputs(rows, labels=False)
-
-        @torch.no_grad()
-        def forward():
-            for batch in batches:
-                logits = self.run(**batch).logits
-            return logits
-
-        return forward
 
     def check(self):
         """AssertionError unless loss and gradients, without dropout, are those of the same weights
@@ -257,9 +266,10 @@ class Encoder:
         if not abs(expected[0] - math.log(VOCAB)) < 1:
             raise AssertionError(f"{self.name}: the loss is {expected[0]:.3g}, not ln {VOCAB}")
 
-    def flop(self, rows: Rows, all_logits: bool = False) -> float:
-        """Model FLOP of a step by train_callbacks.Throughput's formula, or, with logits for all
-        tokens, of a forward pass. ModernBERT's local layers count the scores in their window."""
+    def flop(self, rows: Rows) -> float:
+        """Model FLOP of the task, padding not counted, by train_callbacks.Throughput's formula; of
+        inference the third that is its forward pass, with logits of all tokens or of none.
+        ModernBERT's local layers count the scores in their window."""
         config, layers = self.model.config, self.model.config.num_hidden_layers
         scores = sum(length**2 for length in rows.lengths)
         if self.setting.model == "modernbert":
@@ -268,9 +278,18 @@ class Encoder:
             near = sum(scores_near(length, window) for length in rows.lengths)
             scores = (every * scores + (layers - every) * near) / layers
         tokens, labelled = sum(rows.lengths), (rows.labels != -100).sum().item()
-        counts = torch.tensor([tokens, scores, tokens if all_logits else labelled])
-        flop = float(Throughput(self.model, None).flop @ counts.double())
-        return flop / 3 if all_logits else flop
+        logits = {"step": labelled, "fill-mask": tokens, "embeddings": 0}[self.task]
+        counts = torch.tensor([tokens, scores, logits], dtype=torch.float64)
+        flop = float(Throughput(self.model, None).flop @ counts)
+        return flop if self.task == "step" else flop / 3
+
+
+def mean(hidden_states, mask):
+    """(batch, seqlen, dim) -> (batch, dim), over the tokens that are not padding."""
+    if mask is None:
+        return hidden_states.mean(1)
+    mask = mask[..., None].to(hidden_states.dtype)
+    return (hidden_states * mask).sum(1) / mask.sum(1)
 
 
 def scores_near(length: int, window: int) -> int:

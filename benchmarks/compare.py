@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders compared on the same rows: built, warmed, timed in turn, put in relation."""
+
+import gc
+
+import torch
+from clocks import DEVICE, first_call, interleaved, peak_bytes
+from encoders import SETTINGS, Encoder, make_rows
+
+OURS = ("mosaic", "mosaic-compiled")
+
+
+def build(name, dtype, longest, task, make=Encoder):
+    """The Encoder, or why there is none."""
+    try:
+        return make(name, dtype, longest, task)
+    except (AssertionError, ImportError, RuntimeError, ValueError) as err:
+        return f"{type(err).__name__}: {str(err).splitlines()[0]}"
+
+
+def warm(encoder, rows):
+    """The function to time, or None, and what is known before it is timed."""
+    try:
+        function = encoder.function(rows)
+        result, first_ms = first_call(function)
+        if not result.isfinite().all():
+            return None, {"skipped": "its result is not finite"}
+        # A compiler is called more than once before it has what it wants.
+        figures = {"first_ms": first_ms, "peak_bytes": peak_bytes(function)}
+    except (ImportError, RuntimeError, ValueError) as err:
+        torch.cuda.empty_cache()
+        return None, {"skipped": f"{type(err).__name__}: {str(err).splitlines()[0]}"}
+    if figures["peak_bytes"] is not None and encoder.task == "step":
+        # Weights and the optimizer's two states, which other settings have beside them.
+        figures["peak_bytes"] += 12 * sum(x.numel() for x in encoder.model.parameters())
+    return function, figures
+
+
+def measure(encoders, lengths, facts, rounds, seconds, deadline):
+    """A row of figures for each encoder on rows of these lengths.
+
+    Args:
+        encoders: name to what `build` gave.
+        facts: of all rows, with the matmul rate that "mfu" is a share of.
+        rounds, seconds: as for `interleaved`.
+
+    Yields:
+        dict: "ms" with quantiles, tokens that are not padding per second, "mfu", "ratio" (this
+        one's time over that of our fastest setting), bytes and milliseconds of the first call; or
+        "skipped", why not.
+    """
+    rows, functions, known = make_rows(lengths), {}, {}
+    facts = facts | {"rows": len(lengths), "tokens": sum(lengths)}
+    for name, encoder in encoders.items():
+        if reason := encoder if isinstance(encoder, str) else deadline.reason():
+            known[name] = {"skipped": reason}
+            continue
+        function, known[name] = warm(encoder, rows)
+        if function:
+            functions[name] = function
+    times = interleaved(functions, rounds, 3 if DEVICE == "cuda" else 1, seconds)
+    ours = min((times[name][0] for name in OURS if name in times), default=None)
+    for name, row in known.items():
+        if name in times:
+            ms, low, high = times[name]
+            row |= {"ms": ms, "p20": low, "p80": high, "tokens_per_s": 1e3 * sum(lengths) / ms}
+            row["mfu"] = encoders[name].flop(rows) / ms / 1e9 / facts["matmul_tflops"]
+            row |= {"ratio": ms / ours} if ours else {}
+        yield facts | {"setting": name} | vars(SETTINGS[name]) | row
+
+
+def free(encoders):
+    """Gives their memory back, before the next ones take theirs."""
+    encoders.clear()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
