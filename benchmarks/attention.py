@@ -5,17 +5,19 @@ Method: providers.py builds each provider's inputs once, for timing and for peak
 is the first call of a pass, compilation included: compilers' caches are empty when the script
 starts, so a provider's first rows show what a new process waits for, unless one with the same
 kernels came before. Then output and gradients must pass the tests' error rule on a small batch.
-Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench; what a batch needs
-once for all layers (tile map, BlockMask, dense bias) is measured apart, as "prepare". TFLOP/s count
-every score within a sequence, skipped ones too; GB/s count qkv, out, lse, dout and dqkv once;
-neither counts padding.
+Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench, which empties the L2
+before each call; what a batch needs once for all layers (tile map, BlockMask, dense bias) is
+measured apart, as "prepare". TFLOP/s count every score within a sequence, skipped ones too; GB/s
+count qkv, out, lse, dout and dqkv once; neither counts padding. "roofline" is the time that FLOP
+and bytes take at the matmul rate and copy bandwidth measured in this run, the larger of the two,
+over the pass's: above 100 % tiles were skipped. varlen_attn is FlashAttention 2 inside torch.
 
     python benchmarks/attention.py                          # bf16, 65,536 tokens, 12 heads of 64
-    python benchmarks/attention.py --qkv layer.pt           # a trained layer's q, k and v
+    python benchmarks/attention.py --qkv layer.pt           # a trained layer's, by layer_qkv.py
     python benchmarks/attention.py --toy                    # proves the script, on a CPU
 
-Output: one JSON line per provider, lengths and pass, appended to --output too. Cases that cannot
-run are rows that say why.
+Output: one JSON line per provider, lengths and pass, appended to --output too, then a table. Cases
+that cannot run are rows that say why.
 """
 
 import argparse
@@ -23,18 +25,26 @@ import argparse
 import common  # noqa: F401, before the kernels: with --toy it chooses the interpreter
 import torch
 import torch._functorch.config
-from clocks import TOY, first_call, peak_bytes, record_file
+from clocks import TOY, Deadline, ceilings, first_call, peak_bytes, record_file
 from common import milliseconds
 from providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
-from records import recorder
+from records import print_table, recorder
 
+# Should time run out, what is missing is the longest.
+SEQLENS = [128, 2048, 512, 8192, 32_768, 65_536]
 # The dense ones hold batch x heads x seqlen x seqlen.
 DENSE_UP_TO = 2048
 # Twice the multiply-adds of 2, 5 and 7 products of seqlen x seqlen x head_dim.
 FLOP_PER_SCORE = {"forward": 4, "backward": 10, "both": 14}
 
 
-def measure(provider, shape):
+COLUMNS = {
+    "seqlen": ",", "lengths": "", "provider": "", "pass": "", "ms": ".3f", "tflops": ".0f",
+    "gbytes_per_s": ",.0f", "roofline": ".0%", "peak_bytes": ",", "first_ms": ",.0f",
+}  # fmt: skip
+
+
+def measure(provider, shape, rates):
     """A dict of figures for every pass."""
     case, first = setup(provider, shape), {}
     prepared, first["prepare"] = first_call(case.prepare)
@@ -69,6 +79,10 @@ def measure(provider, shape):
         if name != "prepare":
             row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / ms / 1e9
             row["gbytes_per_s"] = bytes_moved[name] / ms / 1e6
+            row["roofline"] = max(
+                row["tflops"] / rates["matmul_tflops"],
+                row["gbytes_per_s"] / rates["copy_gbytes_per_s"],
+            )
         yield row
 
 
@@ -85,12 +99,12 @@ def why_not(provider, shape):
     return None
 
 
-def rows_of(provider, shape):
+def rows_of(provider, shape, rates, deadline):
     """Figures of every pass, or one row that says why there are none."""
-    reason = why_not(provider, shape)
+    reason = deadline.reason() or why_not(provider, shape)
     if reason is None:
         try:
-            yield from measure(provider, shape)
+            yield from measure(provider, shape, rates)
         except AssertionError as err:
             reason = f"wrong: {err}"
         except (ImportError, NotImplementedError, RuntimeError) as err:
@@ -100,14 +114,17 @@ def rows_of(provider, shape):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    parser.add_argument("--seqlens", nargs="+", type=int, default=[128, 512, 2048, 8192, 32_768])
+    parser.add_argument("--seqlens", nargs="+", type=int, default=SEQLENS)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--qkv", help="torch.save'd (total, 3, heads, head_dim), not N(0, 1)")
+    parser.add_argument("--qkv", help="file of layer_qkv.py, in place of N(0, 1)")
+    parser.add_argument("--minutes", type=float, default=10, help="then nothing more is begun")
     parser.add_argument("--output", default=record_file("attention"))
     parser.add_argument("--toy", action="store_true")
     if TOY:
@@ -119,20 +136,24 @@ def main():
     record, dtype = recorder(args.output, "triton"), getattr(torch, args.dtype)
     qkv = torch.load(args.qkv, weights_only=True) if args.qkv else None
     if qkv is not None:
-        args.tokens, _, args.heads, args.head_dim = qkv.shape
-    for provider in args.providers:
+        _, _, args.heads, args.head_dim = qkv.shape
+        qkv = qkv.repeat(-(-args.tokens // len(qkv)), 1, 1, 1)
+    rates, deadline, rows = ceilings(dtype), Deadline(args.minutes), []
+    for seqlen in args.seqlens:
         for lengths in ("fixed", "c4"):
-            for seqlen in args.seqlens:
-                drawn = draw(lengths, seqlen, args.tokens)
-                shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
-                row = {
+            drawn = draw(lengths, seqlen, args.tokens)
+            shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
+            for provider in args.providers:
+                facts = {
                     "provider": provider, "bias": provider not in WITHOUT_BIAS,
                     "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
                     "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
                     "head_dim": args.head_dim, "dtype": args.dtype,
-                }  # fmt: skip
-                for figures in rows_of(provider, shape):
-                    record(row | figures)
+                } | rates  # fmt: skip
+                for figures in rows_of(provider, shape, rates, deadline):
+                    record(facts | figures)
+                    rows.append(facts | figures)
+    print_table(rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 from records import RESULTS, ROOT
 
@@ -69,15 +70,35 @@ def interleaved(functions, rounds, repeats=1, seconds=math.inf):
 
 
 def peak_bytes(function):
-    """What `function` allocates at most beyond what is there before, None on a CPU."""
+    """What `function` allocates at most beyond what is there before: on a CPU the growth of the
+    resident set, to which memory that was freed and kept does not add; None where Linux does not
+    tell."""
     if DEVICE == "cpu":
-        return None
+        return resident_growth(function)
     synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
     synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_growth(function):
+    """Bytes between the resident set and its peak during the call, or None."""
+
+    def kilobytes(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    try:
+        # Sets the peak back.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = kilobytes("VmRSS")
+    except OSError:
+        function()
+        return None
+    function()
+    return 1024 * (kilobytes("VmHWM") - before)
 
 
 def ceilings(dtype):

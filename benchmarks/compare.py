@@ -30,9 +30,6 @@ def warm(encoder, rows):
     except (ImportError, RuntimeError, ValueError) as err:
         torch.cuda.empty_cache()
         return None, {"skipped": f"{type(err).__name__}: {str(err).splitlines()[0]}"}
-    if figures["peak_bytes"] is not None and encoder.task == "step":
-        # Weights and the optimizer's two states, which other settings have beside them.
-        figures["peak_bytes"] += 12 * sum(x.numel() for x in encoder.model.parameters())
     return function, figures
 
 
@@ -46,8 +43,8 @@ def measure(encoders, lengths, facts, rounds, seconds, deadline):
 
     Yields:
         dict: "ms" with quantiles, tokens that are not padding per second, "mfu", "ratio" (this
-        one's time over that of our fastest setting), bytes and milliseconds of the first call; or
-        "skipped", why not.
+        one's time over that of our fastest setting), peak memory beyond weights and optimizer
+        states, milliseconds of the first call; or "skipped", why not.
     """
     rows, functions, known = make_rows(lengths), {}, {}
     facts = facts | {"rows": len(lengths), "tokens": sum(lengths)}
