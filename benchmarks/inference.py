@@ -82,6 +82,10 @@ class Exported(Encoder):
         return infer
 
 
+def make(name, *arguments):
+    return (Exported if name == "onnxruntime" else Encoder)(name, *arguments)
+
+
 def batches(task):
     """(name, lengths) of every batch."""
     if TOY:
@@ -127,16 +131,14 @@ def main():
         dtype = getattr(torch, name)
         rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
         for task in args.tasks:
-            encoders = {
-                x: build(x, dtype, 2048, task, Exported if x == "onnxruntime" else Encoder)
-                for x in args.settings
-            }
+            encoders = build(args.settings, dtype, 2048, task, make)
             for batch, lengths in batches(task):
                 facts = {"task": task, "dtype": name, "batch": batch} | rates
                 for row in measure(encoders, lengths, facts, args.rounds, args.seconds, deadline):
                     record(row)
                     rows.append(row)
-            free(encoders)
+            del encoders
+            free()
     print_table(rows, COLUMNS)
 
 

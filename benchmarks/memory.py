@@ -25,7 +25,7 @@ import math
 import torch
 from clocks import DEVICE, TOY, Deadline, record_file
 from compare import build, free, warm
-from encoders import SETTINGS, make_rows
+from encoders import SETTINGS, Encoder, make_rows
 from records import print_table, recorder
 
 COLUMNS = {
@@ -60,6 +60,26 @@ def grow(encoder, two_rows, args, deadline):
         before, seqlen = row, 2 * seqlen
 
 
+def measure(name, task, args, deadline, record):
+    """Records all lengths of a setting, and returns the longest row and the longest two that fit,
+    with what came next."""
+    facts = {"task": task, "dtype": args.dtype, "setting": name} | vars(SETTINGS[name])
+    encoder = build([name], getattr(torch, args.dtype), args.longest, task).get(name)
+    if not isinstance(encoder, Encoder):
+        return [facts | {"skipped": encoder}] if encoder else []
+    longest = []
+    for two_rows in (False, True):
+        fits = facts
+        for row in grow(encoder, two_rows, args, deadline):
+            record(facts | row)
+            if "skipped" in row:
+                fits = fits | {"skipped": f"{row['seqlen']:,}: {row['skipped']}"}
+            else:
+                fits = facts | row
+        longest.append(fits)
+    return longest
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +90,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--dtype", default="bfloat16" if DEVICE == "cuda" else "float32")
     parser.add_argument("--shortest", type=int, default=16 if TOY else 512)
-    longest = 64 if TOY else 2**20 if DEVICE == "cuda" else 4096
+    longest = 64 if TOY else 2**20 if DEVICE == "cuda" else 2048
     parser.add_argument("--longest", type=int, default=longest)
     seconds = 3 if DEVICE == "cuda" else 30
     parser.add_argument("--seconds", type=float, default=seconds, help="a call may take")
@@ -80,25 +100,12 @@ def main():
     args = parser.parse_args()
     if DEVICE == "cpu":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-    record, deadline, last = recorder(args.output), Deadline(args.minutes), []
+    record, deadline, longest = recorder(args.output), Deadline(args.minutes), []
     for task in args.tasks:
         for name in args.settings:
-            encoder = build(name, getattr(torch, args.dtype), args.longest, task)
-            facts = {"task": task, "dtype": args.dtype, "setting": name} | vars(SETTINGS[name])
-            if isinstance(encoder, str):
-                record(facts | {"skipped": encoder})
-                continue
-            for two_rows in (False, True):
-                fitting = {}
-                for row in grow(encoder, two_rows, args, deadline):
-                    record(facts | row)
-                    if "skipped" not in row:
-                        fitting = facts | row
-                    elif fitting:
-                        fitting["skipped"] = f"{row['seqlen']:,}: {row['skipped']}"
-                last.append(fitting)
-            free({})
-    print_table(last, COLUMNS)
+            longest += measure(name, task, args, deadline, record)
+            free()
+    print_table(longest, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main():
         dtype = getattr(torch, name)
         rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
         for task in args.tasks:
-            encoders = {x: build(x, dtype, max(args.seqlens), task) for x in args.settings}
+            encoders = build(args.settings, dtype, max(args.seqlens), task)
             for lengths, seqlen, drawn in batches(args):
                 facts = {"task": task, "dtype": name, "lengths": lengths, "seqlen": seqlen} | rates
                 for row in measure(encoders, drawn, facts, args.rounds, 60, deadline):
@@ -101,7 +101,8 @@ def main():
                         row |= project(row["tokens_per_s"], row["tokens"] / row["rows"], args)
                     record(row)
                     rows.append(row)
-            free(encoders)
+            del encoders
+            free()
     print_table(rows, COLUMNS)
 
 
