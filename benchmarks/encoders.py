@@ -130,12 +130,9 @@ class Encoder:
 
     def __init__(self, name: str, dtype: torch.dtype, longest: int, task: str):
         self.name, self.setting, self.dtype, self.task = name, SETTINGS[name], dtype, task
+        self.longest = longest
         torch.manual_seed(0)
-        self.model = AutoModelForMaskedLM.from_config(
-            configure(self.setting, longest),
-            trust_remote_code=True,
-            attn_implementation=self.setting.attention,
-        ).to(DEVICE)
+        self.model = self.build(self.setting.attention)
         # Flex has no backward pass on a CPU.
         if not (TOY and self.setting.attention == "flex_attention"):
             self.check()
@@ -153,6 +150,14 @@ class Encoder:
             # Unpadded batches never have the same size again.
             dynamic = True if self.setting.packed else None
             self.run = torch.compile(self.run, dynamic=dynamic)
+
+    def build(self, attention: str):
+        """The model with this attention and random weights."""
+        return AutoModelForMaskedLM.from_config(
+            configure(self.setting, self.longest),
+            trust_remote_code=True,
+            attn_implementation=attention,
+        ).to(DEVICE)
 
     def autocast(self, dtype=None):
         dtype = dtype or self.dtype
@@ -241,24 +246,23 @@ class Encoder:
         """AssertionError unless loss and gradients, without dropout, are those of the same weights
         in float32, with padding and plain attention."""
         rows = make_rows([40, 3, 17] if TOY else [300, 3, 129])
-        weights = self.model.get_input_embeddings().weight
 
-        def results(inputs, dtype):
+        def results(model, inputs, dtype):
             with self.autocast(dtype):
-                loss = self.model(**inputs).loss
+                loss = model(**inputs).loss
+            weights = model.get_input_embeddings().weight
             return loss.detach(), torch.autograd.grad(loss, weights)[0]
 
-        self.model.eval().set_attn_implementation("eager")
+        reference = self.build("eager").eval()
+        reference.load_state_dict(self.model.state_dict())
         padded = {"input_ids": rows.ids, "attention_mask": rows.mask, "labels": rows.labels}
-        expected = results(to_device(padded), torch.float32)
-        self.model.set_attn_implementation(self.setting.attention)
-        # The layers stay without dropout, and the model takes the way of training.
-        self.model.training = True
+        expected = results(reference, to_device(padded), torch.float32)
+        # The layers are without dropout, and the model takes the way of training.
+        self.model.eval().training = True
+        inputs = self.inputs(rows, labels=True)[0]
         exact = self.setting.attention in TAKE_FLOAT32
         for dtype in {self.dtype, torch.float32 if exact else self.dtype}:
-            for found, right in zip(
-                results(self.inputs(rows, labels=True)[0], dtype), expected, strict=True
-            ):
+            for found, right in zip(results(self.model, inputs, dtype), expected, strict=True):
                 error = ((found - right).norm() / right.norm()).item()
                 # Not the opposite, which lets NaN pass.
                 if not error <= TOLERANCE[dtype]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, run_python
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -93,17 +94,22 @@ def test_model_flop_are_those_that_torch_counts():
         + """
 from torch.utils.flop_counter import FlopCounterMode
 for name in ("mosaic", "bert", "modernbert"):
-    encoder = Encoder(name, torch.float32, 32, "fill-mask")
-    encoder.model.set_attn_implementation("eager")
+    SETTINGS["eager"] = Setting(name, "eager")
+    encoder = Encoder("eager", torch.float32, 32, "fill-mask")
     # Full rows, as torch counts padding too, and shorter than ModernBERT's window.
     rows = make_rows([32] * 3)
     with FlopCounterMode(display=False) as counter:
         encoder.function(rows)()
-    assert encoder.flop(rows) == counter.get_total_flops(), name
+    # ModernBERT's rotations were small products before transformers 5.1.
+    slack = 0.01 if name == "modernbert" else 0
+    assert abs(encoder.flop(rows) / counter.get_total_flops() - 1) <= slack, name
 """
     )
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5.1", reason="transformers had no FlexAttention in both models"
+)
 def test_settings_that_pack_give_the_logits_of_those_that_pad():
     run_python(
         TOYS
