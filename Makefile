@@ -20,7 +20,7 @@ BENCH_PYTHON ?= $(BIN)/python
 ON_CPU := pretraining inference memory profile_step
 ON_GPU := pretraining attention profile_step inference memory
 # After these minutes a script begins nothing more; what it compiles or runs may take another.
-GPU_FLAGS_pretraining := --minutes 3
+GPU_FLAGS_pretraining := --minutes 3.5
 GPU_FLAGS_attention := --minutes 1.5
 GPU_FLAGS_inference := --minutes 0.5
 GPU_FLAGS_memory := --minutes 0.5

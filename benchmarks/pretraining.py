@@ -30,7 +30,7 @@ from records import print_table, recorder
 
 ON_GPU = [
     "mosaic-compiled", "bert", "bert-compiled", "modernbert-compiled", "mosaic", "modernbert",
-    "bert-flex", "modernbert-flex",
+    "bert-flex", "modernbert-flex", "bert-flash", "modernbert-flash",
 ]  # fmt: skip
 ON_CPU = ["mosaic", "bert", "bert-no-dropout", "modernbert"]
 COLUMNS = {
