@@ -28,6 +28,7 @@ from mosaic_bert.bert_layers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    Dropout,
     alibi_slopes,
     choose_backend,
 )
@@ -864,6 +865,38 @@ def test_dropout_is_where_the_published_model_has_it():
     ]
     ends = [("bert.embeddings.dropout", (8, 64), True)], [("dropout", (2, 5, 64), True)]
     assert seen == [*ends[0], *layers, *ends[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.97])
+def test_dropout_drops_each_element_with_probability_p_and_scales_the_rest(p, dtype):
+    """Elements share random words, four in each: shares are taken for each place, and for pairs."""
+    torch.manual_seed(0)
+    x = torch.ones(2**20 + 3, dtype=dtype, requires_grad=True)
+    y = Dropout(p).train()(x)
+    dropped = (y == 0).double()
+    for share, expected, count in (
+        *((dropped[i::4].mean(), p, 2**18) for i in range(4)),
+        *((dropped[:-i].mul(dropped[i:]).mean(), p * p, 2**20) for i in (1, 2, 3, 4)),
+    ):
+        # Five standard deviations, and the rounding of p.
+        assert abs(share - expected) < 5 * (expected * (1 - expected) / count) ** 0.5 + 2**-17
+    scale = torch.tensor(1 / (1 - round(p * 2**16) / 2**16), dtype=dtype)
+    assert y.dtype == dtype and (y[y != 0] == scale).all()
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, y)
+
+
+def test_dropout_is_a_function_of_the_seed_and_does_nothing_in_evaluation():
+    x, dropout = torch.ones(5, 7), Dropout(0.5).train()
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        drawn.append(dropout(x))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0).train()(x), x) and not Dropout(1.0).train()(x).any()
+    assert Dropout(0.5).train()(x[:0]).shape == (0, 7)
 
 
 # ---- training machinery ----
