@@ -32,7 +32,9 @@ ON_GPU = [
     "mosaic-compiled", "bert", "bert-compiled", "modernbert-compiled", "mosaic", "modernbert",
     "bert-flex", "modernbert-flex", "bert-flash", "modernbert-flash",
 ]  # fmt: skip
-ON_CPU = ["mosaic", "bert", "bert-no-dropout", "modernbert"]
+ON_CPU = [
+    "mosaic", "mosaic-compiled", "bert", "bert-no-dropout", "bert-compiled", "modernbert",
+]  # fmt: skip
 COLUMNS = {
     "task": "", "dtype": "", "lengths": "", "seqlen": "", "setting": "", "ms": ".1f",
     "tokens_per_s": ",.0f", "mfu": ".1%", "ratio": ".2f", "peak_bytes": ",", "hours": ".2f",
@@ -72,7 +74,8 @@ def main():
     parser.add_argument("--seqlens", nargs="+", type=int, default=[128, 2048, 512, 8192])
     parser.add_argument("--tokens", type=int, default=POSITIONS, help="of a step, about")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=10, help="then nothing more is begun")
+    minutes = 20 if on_cpu else 10
+    parser.add_argument("--minutes", type=float, default=minutes, help="then nothing more begins")
     parser.add_argument("--steps", type=int, default=70_000, help="of the projection; also below")
     parser.add_argument("--global_batch", type=int, default=4096)
     parser.add_argument("--gpus", type=int, default=8)
