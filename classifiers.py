@@ -71,9 +71,8 @@ def read_config(name: str, trust_remote_code: bool = False):
     if "alibi_starting_size" not in values:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
-    config = type(ours).from_pretrained(name)
-    config.auto_map = ours.auto_map
-    return config
+    values |= {"model_type": ours.model_type, "auto_map": ours.auto_map}
+    return type(ours).from_dict(values)
 
 
 def read_tokenizer(args: ClassifierArguments, config):

@@ -126,7 +126,8 @@ def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
 
 
 def is_ours(model) -> bool:
-    return model.config.model_type == "mosaic_bert"
+    # On transformers 4.57 a published checkpoint's config keeps that of its file, "bert".
+    return type(model.config).model_type == "mosaic_bert"
 
 
 def attention_backend(model, args: RecipeArguments) -> str:

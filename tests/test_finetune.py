@@ -21,7 +21,7 @@ import finetune
 import glue_tasks
 import labelled_data
 from glue_tasks import TASKS
-from publishing import SPECIAL_TOKENS
+from publishing import SPECIAL_TOKENS, load_tokenizer
 
 AGES, READERS, SIZES = ("old", "young", "tall", "wise"), ("man", "woman", "child"), ("long", "new")
 SENTENCES = [f"the {x} {y} reads a {z} book" for z in SIZES for y in READERS for x in AGES]
@@ -33,7 +33,7 @@ QUICK = {"learning_rate": 1e-3, "num_train_epochs": 8, "global_batch_size": 8, "
 def vocab(tmp_path_factory):
     file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
     words = sorted({word for sentence in SENTENCES for word in sentence.split()})
-    file.write_text("\n".join([*SPECIAL_TOKENS, *words, *(f"w{i}" for i in range(300))][:320]))
+    file.write_text("\n".join([*SPECIAL_TOKENS, *words, *(f"w{i}" for i in range(150))][:160]))
     return file
 
 
@@ -144,7 +144,7 @@ def test_the_folder_is_a_complete_hub_repository_whose_example_runs(finetuned, c
     assert config["attention_probs_dropout_prob"] == 0
     assert config["alibi_starting_size"] == config["max_position_embeddings"] == 256
     settings = read_json(folder, "tokenizer_config.json")
-    assert settings["tokenizer_class"] == "BertTokenizer"
+    assert settings["tokenizer_class"] in ("BertTokenizer", "PreTrainedTokenizerFast")
     assert "token_type_ids" in settings["model_input_names"]
     card = card_of(folder)
     assert (
@@ -170,6 +170,34 @@ def test_a_stock_bert_learns_pairs_and_is_cut_at_its_positions(stock, tmp_path):
     pair = {"text": SENTENCES[0], "text_pair": "a woman reads"}
     assert 'pipe({"text": "A sentence.", "text_pair": "Another one."})' in card_of(folder)
     assert classify(folder, pair)["label"] == "0"
+
+
+@pytest.mark.parametrize("name", ["mosaic_tiny", "dnabert2_tiny"])
+def test_a_published_checkpoint_is_trained_as_it_is_by_this_folders_code(name, vocab, tmp_path):
+    """Its config looks like a stock BERT's, or like nothing, and its code does not load."""
+    own, quick = write_own(tmp_path, by_age()), {"max_steps": 1, "cpu_threads": 1}
+    start(model=GOLDENS / name, tokenizer_name=vocab, **quick, **own)
+    config = read_json(own["output_dir"], "own", "seed-19", "config.json")
+    assert config["model_type"] == "mosaic_bert"
+    assert config["auto_map"] == read_json(ROOT, "config.json")["auto_map"]
+    assert config["pad_token_id"] == 0
+
+
+def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
+    """transformers 5.0 leaves token types out unless asked."""
+    (tmp_path / "tokenizer").mkdir()
+    load_tokenizer(vocab).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    task, parts, _ = labelled_data.load_task(
+        "rte", labelled_data.LabelledDataArguments(task=["rte"], data_dir=str(write_glue(tmp_path)))
+    )
+    ids = {"entailment": 0, "not_entailment": 1}
+    rows = labelled_data.encode(parts["train"], task, ids, tokenizer, 12, True)
+    # [CLS] the old man reads [SEP] the old man reads a [SEP]
+    assert rows[0]["token_type_ids"] == [0] * 6 + [1] * 6
+    assert rows["labels"][:3] == [0, 1, 0]
+    rows = labelled_data.encode(parts["train"], task, ids, tokenizer, 12, False)
+    assert "token_type_ids" not in rows.column_names
 
 
 def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
