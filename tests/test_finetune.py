@@ -565,6 +565,14 @@ def test_overwriting_forgets_nothing_before_the_input_is_checked(glue):
     assert sorted(glue.out.rglob("result*.json")) == before
 
 
+def test_overwriting_forgets_what_was_there(stock, tmp_path):
+    command = flags(model=stock, max_steps=1, cpu_threads=1, **write_own(tmp_path, by_age()))
+    finetune.main([*command, "--seeds", "1"])
+    finetune.main([*command, "--seeds", "2", "--learning_rate", "1e-3", "--overwrite"])
+    runs = read_json(tmp_path, "out", "results.json")["tasks"]["own"]["runs"]
+    assert [run["seed"] for run in runs] == [2]
+
+
 def test_an_output_folder_with_other_files_is_refused_and_kept(golden, tmp_path):
     own = write_own(tmp_path, by_age())
     own["output_dir"].mkdir()
