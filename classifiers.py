@@ -49,7 +49,7 @@ class ClassifierArguments:
         folder = Path(self.model)
         if not folder.is_dir():
             return str(PretrainedConfig.get_config_dict(self.model)[0].get("_commit_hash"))
-        weights = (x for x in folder.iterdir() if x.suffix in (".safetensors", ".bin"))
+        weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
         return fingerprint([folder / "config.json", *sorted(weights)])
 
 

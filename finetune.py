@@ -55,7 +55,8 @@ from train_mlm import hub_id, is_ours, one_gpu_each, use_all_cores
 # Of the arguments, what a result depends on.
 SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm"),
-    *("warmup_share", "warmup_steps", "lr_end", "bf16", "fp16"),
+    *("warmup_share", "warmup_steps", "lr_end", "lr_scheduler_type", "bf16", "fp16", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
 )
 
 
@@ -264,12 +265,6 @@ def check_settings(finished: dict[Path, dict], name: str | None, settings: dict)
                 )
 
 
-def write_results(folder: Path, args: ClassifierArguments):
-    """results.json: model, weights, and by task the runs with mean and spread over seeds."""
-    model = {"model": args.model, "weights": args.version()}
-    write_json(folder / RESULTS, model | {"tasks": collect(folder)})
-
-
 def main(argv: list[str]):
     model_args, data, args = parse(argv)
     if not model_args.model:
@@ -289,10 +284,11 @@ def main(argv: list[str]):
         loaded = {name: load_task(name, data) for name in names}
     runs = plan(loaded, finished, config, tokenizer, argv)
     folder = Path(args.output_dir)
+    record = {"model": model_args.model, "weights": runs[0].settings["weights"]}
     if main_process:
         for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
             file.unlink()
-        write_results(folder, model_args)
+        write_json(folder / RESULTS, record | {"tasks": collect(folder)})
     for run in runs:
         if run.folder in finished:
             if main_process:
@@ -306,7 +302,7 @@ def main(argv: list[str]):
         gc.collect()
         torch.cuda.empty_cache()
         if main_process:
-            write_results(folder, model_args)
+            write_json(folder / RESULTS, record | {"tasks": collect(folder)})
     if main_process:
         print(f"\n{table(collect(folder))}\n\n{folder / RESULTS}")
         if args.publish_to:
