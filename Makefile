@@ -3,6 +3,9 @@
 # make demo       creates the environment, pre-trains a small model (about 5 minutes on two cores)
 #                 and lets it fill masks
 # make lint       ruff
+# make bench-cpu  every benchmark that a CPU can run, about half an hour on two cores
+# make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
+#                 ONLY="attention pretraining" chooses, the plots are drawn from all records
 # TRANSFORMERS=4.57.6 or 5.0.0 chooses another supported version, in an environment of its own.
 
 PYTHON ?= python3
@@ -13,10 +16,18 @@ CONSTRAINTS := constraints/$(TRANSFORMERS).txt
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS ?=
 DEMO_FACTOR ?= 4
+BENCH_PYTHON ?= $(BIN)/python
+ON_CPU := pretraining inference memory profile_step
+ON_GPU := pretraining attention profile_step inference memory
+# After these minutes a script begins nothing more; what it compiles or runs may take another.
+GPU_FLAGS_pretraining := --minutes 3.5
+GPU_FLAGS_attention := --minutes 1.5
+GPU_FLAGS_inference := --minutes 0.5
+GPU_FLAGS_memory := --minutes 0.5
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test test-slow demo lint clean
+.PHONY: test test-slow demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -31,6 +42,16 @@ demo: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench-cpu: export CUDA_VISIBLE_DEVICES =
+bench-cpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(VENV)/ready)
+	$(foreach name,$(or $(ONLY),$(ON_CPU)),$(BENCH_PYTHON) benchmarks/$(name).py &&) \
+	$(BENCH_PYTHON) benchmarks/plot.py
+
+bench-gpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(VENV)/ready)
+	$(BENCH_PYTHON) -c 'import torch; print(torch.cuda.get_device_name())'
+	$(foreach name,$(or $(ONLY),$(ON_GPU)),$(BENCH_PYTHON) benchmarks/$(name).py $(GPU_FLAGS_$(name)) &&) \
+	$(BENCH_PYTHON) benchmarks/plot.py
 
 clean:
 	rm -rf .venv-* runs

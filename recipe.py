@@ -6,6 +6,7 @@ same recipes and flags; transformers' TrainingArguments are flags too.
 """
 
 import difflib
+import importlib.util
 import itertools
 import json
 import os
@@ -206,6 +207,10 @@ class RecipeArguments(TrainingArguments):
             )
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)
+        # Trainer would say so only after the data is prepared.
+        writers = ("tensorboard", "tensorboardX")
+        if "tensorboard" in self.report_to and not any(map(importlib.util.find_spec, writers)):
+            raise ValueError("--report_to tensorboard needs it: pip install tensorboard")
         # Trainer's own would upload every checkpoint, optimizer states and arguments.
         self.publish_to, self.push_to_hub = self.push_to_hub, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -41,7 +41,7 @@ class Throughput(TrainerCallback):
 
     def __init__(self, model: nn.Module, peak_tflops: float | None):
         config = model.config
-        layers = [x for x in model.bert.encoder.modules() if isinstance(x, nn.Linear)]
+        layers = [x for x in model.base_model.modules() if isinstance(x, nn.Linear)]
         dim = config.hidden_size
         self.flop = 3 * torch.tensor(
             [

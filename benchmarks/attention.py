@@ -5,38 +5,49 @@ Method: providers.py builds each provider's inputs once, for timing and for peak
 is the first call of a pass, compilation included: compilers' caches are empty when the script
 starts, so a provider's first rows show what a new process waits for, unless one with the same
 kernels came before. Then output and gradients must pass the tests' error rule on a small batch.
-Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench; what a batch needs
-once for all layers (tile map, BlockMask, dense bias) is measured apart, as "prepare". TFLOP/s count
-every score within a sequence, skipped ones too; GB/s count qkv, out, lse, dout and dqkv once;
-neither counts padding.
+Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench, which empties the L2
+before each call; what a batch needs once for all layers (tile map, BlockMask, dense bias) is
+measured apart, as "prepare". TFLOP/s count every score within a sequence, skipped ones too; GB/s
+count qkv, out, lse, dout and dqkv once; neither counts padding. "roofline" is the time that FLOP
+and bytes take at the matmul rate and copy bandwidth measured in this run, the larger of the two,
+over the pass's: above 100 % tiles were skipped. varlen_attn is FlashAttention 2 inside torch.
 
     python benchmarks/attention.py                          # bf16, 65,536 tokens, 12 heads of 64
-    python benchmarks/attention.py --qkv layer.pt           # a trained layer's q, k and v
+    python benchmarks/attention.py --qkv layer.pt           # a trained layer's, by layer_qkv.py
     python benchmarks/attention.py --toy                    # proves the script, on a CPU
 
-Output: one JSON line per provider, lengths and pass, appended to --output too. Cases that cannot
-run are rows that say why.
+Output: one JSON line per provider, lengths and pass, appended to --output too, then a table. Cases
+that cannot run are rows that say why.
 """
 
 import argparse
-import json
 
-import common  # before the kernels: with --toy it chooses the interpreter
+import common  # noqa: F401, before the kernels: with --toy it chooses the interpreter
 import torch
 import torch._functorch.config
-from common import TOY, milliseconds
+from clocks import TOY, Deadline, ceilings, first_call, peak_bytes, record_file
+from common import milliseconds
 from providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
+from records import print_table, recorder
 
+# Should time run out, what is missing is the longest.
+SEQLENS = [128, 2048, 512, 8192, 32_768, 65_536]
 # The dense ones hold batch x heads x seqlen x seqlen.
 DENSE_UP_TO = 2048
 # Twice the multiply-adds of 2, 5 and 7 products of seqlen x seqlen x head_dim.
 FLOP_PER_SCORE = {"forward": 4, "backward": 10, "both": 14}
 
 
-def measure(provider, shape):
+COLUMNS = {
+    "seqlen": ",", "lengths": "", "provider": "", "pass": "", "ms": ".3f", "tflops": ".0f",
+    "gbytes_per_s": ",.0f", "roofline": ".0%", "peak_bytes": ",", "first_ms": ",.0f",
+}  # fmt: skip
+
+
+def measure(provider, shape, rates):
     """A dict of figures for every pass."""
     case, first = setup(provider, shape), {}
-    prepared, first["prepare"] = common.first_call(case.prepare)
+    prepared, first["prepare"] = first_call(case.prepare)
     scores = shape.heads * sum(length**2 for length in shape.lengths)
     tokens = sum(shape.lengths) * shape.heads
     out_bytes = tokens * shape.head_dim * shape.dtype.itemsize
@@ -44,7 +55,7 @@ def measure(provider, shape):
     # Forward reads qkv; backward reads qkv, out and dout and writes dqkv.
     bytes_moved = {"forward": 4 * out_bytes + lse_bytes, "backward": 8 * out_bytes + lse_bytes}
     bytes_moved["both"] = sum(bytes_moved.values())
-    out, first["forward"] = common.first_call(lambda: case.attend(prepared))
+    out, first["forward"] = first_call(lambda: case.attend(prepared))
     dout = torch.randn_like(out)
 
     def forward():
@@ -57,17 +68,21 @@ def measure(provider, shape):
     def both():
         torch.autograd.grad(case.attend(prepared), case.leaf, dout)
 
-    _, first["backward"] = common.first_call(backward)
+    _, first["backward"] = first_call(backward)
     first["both"] = first["forward"] + first["backward"]
     gate(provider, shape.heads, shape.head_dim, shape.dtype)
     for function in (case.prepare, forward, backward, both):
         name = "prepare" if function is case.prepare else function.__name__
         ms, low, high = milliseconds(function)
         row = {"pass": name, "ms": ms, "p20": low, "p80": high, "first_ms": first[name]}
-        row["peak_bytes"] = common.peak_bytes(function)
+        row["peak_bytes"] = peak_bytes(function)
         if name != "prepare":
             row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / ms / 1e9
             row["gbytes_per_s"] = bytes_moved[name] / ms / 1e6
+            row["roofline"] = max(
+                row["tflops"] / rates["matmul_tflops"],
+                row["gbytes_per_s"] / rates["copy_gbytes_per_s"],
+            )
         yield row
 
 
@@ -84,12 +99,12 @@ def why_not(provider, shape):
     return None
 
 
-def rows_of(provider, shape):
+def rows_of(provider, shape, rates, deadline):
     """Figures of every pass, or one row that says why there are none."""
-    reason = why_not(provider, shape)
+    reason = deadline.reason() or why_not(provider, shape)
     if reason is None:
         try:
-            yield from measure(provider, shape)
+            yield from measure(provider, shape, rates)
         except AssertionError as err:
             reason = f"wrong: {err}"
         except (ImportError, NotImplementedError, RuntimeError) as err:
@@ -99,15 +114,18 @@ def rows_of(provider, shape):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    parser.add_argument("--seqlens", nargs="+", type=int, default=[128, 512, 2048, 8192, 32_768])
+    parser.add_argument("--seqlens", nargs="+", type=int, default=SEQLENS)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--qkv", help="torch.save'd (total, 3, heads, head_dim), not N(0, 1)")
-    parser.add_argument("--output", default=common.record_file("attention"))
+    parser.add_argument("--qkv", help="file of layer_qkv.py, in place of N(0, 1)")
+    parser.add_argument("--minutes", type=float, default=10, help="then nothing more is begun")
+    parser.add_argument("--output", default=record_file("attention"))
     parser.add_argument("--toy", action="store_true")
     if TOY:
         # Not bf16, of which the interpreter gets products wrong.
@@ -115,26 +133,27 @@ def main():
     args = parser.parse_args()
     # retain_graph needs the buffers that compiled backward passes would otherwise give away.
     torch._functorch.config.donated_buffer = False
-    where, dtype = common.environment(), getattr(torch, args.dtype)
+    record, dtype = recorder(args.output, "triton"), getattr(torch, args.dtype)
     qkv = torch.load(args.qkv, weights_only=True) if args.qkv else None
     if qkv is not None:
-        args.tokens, _, args.heads, args.head_dim = qkv.shape
-    with open(args.output, "a") as file:
-        for provider in args.providers:
-            for lengths in ("fixed", "c4"):
-                for seqlen in args.seqlens:
-                    drawn = draw(lengths, seqlen, args.tokens)
-                    shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
-                    row = {
-                        "provider": provider, "bias": provider not in WITHOUT_BIAS,
-                        "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
-                        "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
-                        "head_dim": args.head_dim, "dtype": args.dtype,
-                    }  # fmt: skip
-                    for figures in rows_of(provider, shape):
-                        line = json.dumps(row | figures | where)
-                        print(line, flush=True)
-                        print(line, file=file, flush=True)
+        _, _, args.heads, args.head_dim = qkv.shape
+        qkv = qkv.repeat(-(-args.tokens // len(qkv)), 1, 1, 1)
+    rates, deadline, rows = ceilings(dtype), Deadline(args.minutes), []
+    for seqlen in args.seqlens:
+        for lengths in ("fixed", "c4"):
+            drawn = draw(lengths, seqlen, args.tokens)
+            shape = Shape(lengths, drawn, args.heads, args.head_dim, dtype, qkv)
+            for provider in args.providers:
+                facts = {
+                    "provider": provider, "bias": provider not in WITHOUT_BIAS,
+                    "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
+                    "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
+                    "head_dim": args.head_dim, "dtype": args.dtype,
+                } | rates  # fmt: skip
+                for figures in rows_of(provider, shape, rates, deadline):
+                    record(facts | figures)
+                    rows.append(facts | figures)
+    print_table(rows, COLUMNS)
 
 
 if __name__ == "__main__":

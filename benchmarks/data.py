@@ -22,8 +22,7 @@ import time
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import datasets  # noqa: E402
-from records import RESULTS, ROOT  # noqa: E402
-from side_by_side import environment  # noqa: E402
+from records import RESULTS, ROOT, environment  # noqa: E402
 
 sys.path.append(str(ROOT))
 from mlm_batches import MaskingCollator  # noqa: E402

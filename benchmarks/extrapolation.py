@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from records import RESULTS, ROOT
-from side_by_side import environment, train
+from records import RESULTS, ROOT, environment
+from side_by_side import train
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 sys.path.append(str(ROOT))

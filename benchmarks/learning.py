@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from records import RESULTS
-from side_by_side import curve, environment, train
+from records import RESULTS, environment
+from side_by_side import curve, train
 
 NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
 BATCH = 32
@@ -82,31 +82,31 @@ def best_of(runs: list[dict]) -> dict[str, dict]:
 
 
 def draw(runs: list[dict], path: Path):
+    """Loss against tokens for all runs, marked with their rate, and against minutes for the best of
+    each model."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    best = best_of(runs)
+    by_tokens, by_minutes = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(NAMES, ("C0", "C1"), strict=True))
-    for axes, (axis, label, unit) in zip(
-        figure.subplots(1, 2, sharey=True),
-        (("tokens", "million tokens", 1e6), ("seconds", "minutes of training", 60)),
-        strict=True,
-    ):
-        for run in runs:
-            x = [point[axis] / unit for point in run["curve"]]
-            y = [point["eval_loss"] for point in run["curve"]]
-            chosen = run is best[run["model"]]
-            axes.plot(
-                x,
-                y,
-                color=colors[run["model"]],
-                marker="." if chosen else None,
-                linewidth=1.5 if chosen else 0.7,
-                alpha=1 if chosen else 0.5,
-                label=f"{NAMES[run['model']]}, {run['learning_rate']:g}",
-            )
-        axes.set_xlabel(label)
+    best = best_of(runs)
+    for run in runs:
+        loss = [point["eval_loss"] for point in run["curve"]]
+        tokens = [point["tokens"] / 1e6 for point in run["curve"]]
+        minutes = [point["seconds"] / 60 for point in run["curve"]]
+        look = {"color": colors[run["model"]]}
+        by_tokens.annotate(
+            f" {run['learning_rate']:g}", (tokens[-1], loss[-1]), va="center", fontsize=8
+        )
+        if run is best[run["model"]]:
+            by_minutes.plot(minutes, loss, marker=".", label=NAMES[run["model"]], **look)
+            by_tokens.plot(tokens, loss, marker=".", **look)
+        else:
+            by_tokens.plot(tokens, loss, linewidth=0.8, alpha=0.6, **look)
+    by_tokens.margins(x=0.12)
+    by_tokens.set(xlabel="million tokens", ylabel="held-out loss, 15 % masked (nats)")
+    by_minutes.set(xlabel="minutes of training, each at its best rate")
+    by_minutes.legend()
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-    axes.legend(title="peak learning rate")
-    figure.axes[0].set_ylabel("held-out loss, 15 % masked (nats)")
     figure.savefig(path, dpi=120)
 
 

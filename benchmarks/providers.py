@@ -2,14 +2,15 @@
 """Attention by ours and by others on the same packed batch, and whether each of them is right."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import common  # before the kernels: with --toy it chooses the interpreter
 import torch
 import torch.nn.functional as F
-from common import DEVICE, TOY, cu_seqlens_of, ours, slopes_of
+from clocks import DEVICE, TOY
+from common import cu_seqlens_of, ours, slopes_of
+from lengths import c4_lengths
 from torch.nn.attention import flex_attention as flex
 
 WITHOUT_BIAS = ("ours-no-bias", "varlen_attn")
@@ -44,14 +45,13 @@ class Case:
 
 
 def draw(name, seqlen, tokens):
-    """Lengths of about `tokens` in all: rows of `seqlen`, or C4's stand-in cut off there."""
+    """Lengths of `tokens` in all: rows of `seqlen`, or C4's stand-in cut off there."""
     if name == "fixed":
         return [min(seqlen, tokens)] * max(1, tokens // seqlen)
-    generator, lengths = torch.Generator().manual_seed(0), []
-    while sum(lengths) < tokens:
-        # Log-normal, mean 427 and sigma 1, plus [CLS] and [SEP].
-        length = math.exp(math.log(427) - 0.5 + torch.randn((), generator=generator).item())
-        lengths.append(min(seqlen, tokens - sum(lengths), int(length) + 2))
+    drawn, lengths = iter(c4_lengths(tokens, seqlen)), []
+    while tokens:
+        lengths.append(min(next(drawn), tokens))
+        tokens -= lengths[-1]
     return lengths
 
 

@@ -2,7 +2,12 @@
 """Where the benchmarks' figures go, and what every record says of where they come from."""
 
 import importlib.metadata
+import json
+import os
+import platform
+import shlex
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -10,12 +15,54 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def provenance(*packages: str) -> dict[str, str | None]:
-    """Versions of these packages, the commit of the working tree, and the time (UTC)."""
+def environment(*packages: str) -> dict[str, str | None]:
+    """Command, device, versions of Python, torch, transformers and these packages, the commit of
+    the working tree, and the time (UTC)."""
+    # Not before: scripts set threads before torch is loaded.
+    import torch
+
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
-        **{name: importlib.metadata.version(name) for name in packages},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)},
         "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def cpu_name() -> str:
+    """The CPU's name, with the number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def recorder(path, *packages: str):
+    """A function that prints a row with its environment as JSON, and appends it to the file."""
+    where = environment(*packages)
+
+    def record(row: dict):
+        line = json.dumps(row | where)
+        print(line, flush=True)
+        with open(path, "a") as file:
+            file.write(line + "\n")
+
+    return record
+
+
+def print_table(rows: list[dict], columns: dict[str, str]):
+    """Prints rows under `columns`, names with their format; what a row lacks stays empty, and its
+    `skipped` closes the line."""
+    lines = [list(columns)]
+    for row in rows:
+        cells = [(row.get(name), spec) for name, spec in columns.items()]
+        lines.append(["" if value is None else format(value, spec) for value, spec in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line, row in zip(lines, [{}, *rows], strict=True):
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join([*cells, row.get("skipped", "")]).rstrip())

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks that train share: runs side by side, their curves, and the machine."""
+"""What the benchmarks that train share: runs side by side, and their curves."""
 
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from records import ROOT, provenance
+from records import ROOT
 
 
 def train(recipes: dict[str, dict], folder: Path):
@@ -62,22 +60,3 @@ def curve(folder: Path, rows_per_step: int) -> list[dict]:
             )
     # The evaluation after training repeats the last one.
     return [p for i, p in enumerate(points) if i == 0 or p["step"] > points[i - 1]["step"]]
-
-
-def environment() -> dict:
-    """Command, device, versions, commit and date, for every record."""
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
-    return {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-        "python": platform.python_version(),
-        **provenance("torch", "transformers"),
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's name, with the number of cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"

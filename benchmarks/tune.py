@@ -17,11 +17,12 @@ Output: a JSON line per candidate, appended to --output too, then the rows to pa
 
 import argparse
 import itertools
-import json
 
 import common  # before the kernels: with --toy it chooses the interpreter
 import torch
-from common import DEVICE, TOY, cu_seqlens_of, milliseconds, ours, slopes_of
+from clocks import DEVICE, TOY, record_file
+from common import cu_seqlens_of, milliseconds, ours, slopes_of
+from records import recorder
 from triton.runtime.errors import OutOfResources
 
 DTYPES = {2: torch.float16 if TOY else torch.bfloat16, 4: torch.float32}
@@ -145,23 +146,16 @@ def main():
     parser.add_argument("--seqlen", type=int, default=64 if TOY else 2048)
     parser.add_argument("--tokens", type=int, default=64 if TOY else 65_536)
     parser.add_argument("--heads", type=int, default=1 if TOY else 12)
-    parser.add_argument("--output", default=common.record_file("tune"))
+    parser.add_argument("--output", default=record_file("tune"))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     sm = ours.UNKNOWN_SM
     if not TOY:
         major, minor = torch.cuda.get_device_capability()
         sm = ours.SM_OF_CAPABILITY.get(10 * major + minor, sm)
-    where, lines = common.environment(), []
-    with open(args.output, "a") as file:
-
-        def log(figures):
-            line = json.dumps(figures | where)
-            print(line, flush=True)
-            print(line, file=file, flush=True)
-
-        for name in args.rows:
-            lines.append(Tuner((sm, *map(int, name.split("-"))), args, log).tune())
+    log, lines = recorder(args.output, "triton"), []
+    for name in args.rows:
+        lines.append(Tuner((sm, *map(int, name.split("-"))), args, log).tune())
     print("\n".join(lines))
 
 

@@ -135,6 +135,13 @@ def test_one_checkpoint_is_too_few_to_keep():
         parse(save_total_limit=1)
 
 
+def test_tensorboard_that_is_not_installed_is_missed_before_anything_else(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        parse(report_to="tensorboard")
+    assert parse()[-1].report_to == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda x: x.stem)
 def test_every_recipe_is_understood(path):
     model, tokenizer, data, args = recipe.parse([str(path)])

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders compared on the same rows: built, warmed, timed in turn, put in relation."""
+
+import gc
+
+import torch
+from clocks import DEVICE, first_call, interleaved, peak_bytes
+from encoders import SETTINGS, Encoder, make_rows
+
+OURS = ("mosaic", "mosaic-compiled")
+
+
+def build(names, dtype, longest, task, make=Encoder):
+    """dict: name to the Encoder, or to why there is none. Outside training dropout makes no
+    difference, and the setting without it is left out."""
+    built = {}
+    for name in names:
+        if name == "bert-no-dropout" and task != "step":
+            continue
+        try:
+            built[name] = make(name, dtype, longest, task)
+        except (AssertionError, ImportError, RuntimeError, ValueError) as err:
+            built[name] = f"{type(err).__name__}: {str(err).splitlines()[0]}"
+    return built
+
+
+def warm(encoder, rows):
+    """The function to time, or None, and what is known before it is timed."""
+    try:
+        function = encoder.function(rows)
+        result, first_ms = first_call(function)
+        if not result.isfinite().all():
+            return None, {"skipped": "its result is not finite"}
+        # A compiler is called more than once before it has what it wants.
+        figures = {"first_ms": first_ms, "peak_bytes": peak_bytes(function)}
+    except (ImportError, RuntimeError, ValueError) as err:
+        torch.cuda.empty_cache()
+        return None, {"skipped": f"{type(err).__name__}: {str(err).splitlines()[0]}"}
+    return function, figures
+
+
+def measure(encoders, lengths, facts, rounds, seconds, deadline):
+    """A row of figures for each encoder on rows of these lengths.
+
+    Args:
+        encoders: name to what `build` gave.
+        facts: of all rows, with the matmul rate that "mfu" is a share of.
+        rounds, seconds: as for `interleaved`.
+
+    Yields:
+        dict: "ms" with quantiles, tokens that are not padding per second, "mfu", "ratio" (this
+        one's time over that of our fastest setting), peak memory beyond weights and optimizer
+        states, milliseconds of the first call; or "skipped", why not.
+    """
+    rows, functions, known = make_rows(lengths), {}, {}
+    facts = facts | {"rows": len(lengths), "tokens": sum(lengths)}
+    for name, encoder in encoders.items():
+        if reason := encoder if isinstance(encoder, str) else deadline.reason():
+            known[name] = {"skipped": reason}
+            continue
+        function, known[name] = warm(encoder, rows)
+        if function:
+            functions[name] = function
+    times = interleaved(functions, rounds, 3 if DEVICE == "cuda" else 1, seconds)
+    ours = min((times[name][0] for name in OURS if name in times), default=None)
+    for name, row in known.items():
+        if name in times:
+            ms, low, high = times[name]
+            row |= {"ms": ms, "p20": low, "p80": high, "tokens_per_s": 1e3 * sum(lengths) / ms}
+            row["mfu"] = encoders[name].flop(rows) / ms / 1e9 / facts["matmul_tflops"]
+            row |= {"ratio": ms / ours} if ours else {}
+        yield facts | {"setting": name} | vars(SETTINGS[name]) | row
+
+
+def free():
+    """Gives back the memory of encoders that nothing refers to any more."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast are embeddings and fill-mask, beside BERT-Base, ModernBERT-Base and ONNX Runtime?
+
+Method: encoders.py builds each setting with random weights in the dtype, and checks it in float32.
+"embeddings" is the mean of a row's last hidden states, "fill-mask" the logits of all its tokens.
+Each is given ids, padded to the longest row, and a mask where there is padding, as its users do;
+settings that pad nothing find the tokens within the time. Rows are full ones of 128 tokens, 8 with
+half padding, or of C4's lengths (lengths.py) up to 256, on a GPU 2048. ONNX Runtime runs our
+encoder, exported with dynamic batch and length, in float32 on the CPU. Timed in turn, medians with
+20 and 80 % quantiles; on a GPU, of 3 calls without waiting in between.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --settings mosaic onnxruntime --tasks embeddings
+    python benchmarks/inference.py --toy                 # proves the script, on a CPU
+
+Output: one JSON line per setting and rows, appended to --output too, then a table. "ratio" is a
+setting's time over that of our fastest one.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from clocks import DEVICE, TOY, Deadline, ceilings, record_file
+from compare import build, free, measure
+from encoders import SETTINGS, Encoder, make_rows, mean
+from lengths import HALF_PADDING, c4_lengths
+from records import print_table, recorder
+
+ON_GPU = ["mosaic", "mosaic-compiled", "bert", "bert-compiled", "modernbert", "modernbert-compiled"]
+ON_CPU = ["mosaic", "bert", "modernbert", "onnxruntime"]
+COLUMNS = {
+    "task": "", "dtype": "", "batch": "", "setting": "", "ms": ".1f", "tokens_per_s": ",.0f",
+    "mfu": ".1%", "ratio": ".2f", "peak_bytes": ",",
+}  # fmt: skip
+
+
+class Exported(Encoder):
+    """Our encoder as ONNX Runtime runs it: padding stays, masked, with a dense bias."""
+
+    def __init__(self, name, dtype, longest, task):
+        if (task, dtype, DEVICE) != ("embeddings", torch.float32, "cpu"):
+            raise ValueError("exported for embeddings in float32 on a CPU only")
+        import onnxruntime
+
+        super().__init__(name, dtype, longest, task)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder, "model.onnx"))
+            self.export(file)
+            self.session = onnxruntime.InferenceSession(
+                file, options, providers=["CPUExecutionProvider"]
+            )
+        self.compare()
+
+    def export(self, file):
+        """Writes the encoder as ONNX, for any batch and length."""
+        rows = make_rows([12, 5])
+        example = {"input_ids": rows.ids, "attention_mask": rows.mask}
+        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
+        shapes = {name: sizes for name in example}
+        encoder = self.model.base_model
+        program = torch.export.export(encoder, (), kwargs=example, dynamic_shapes=shapes)
+        torch.onnx.export(program, f=file, dynamo=True, input_names=list(example), verbose=False)
+
+    def compare(self):
+        """AssertionError unless its embeddings are ours."""
+        rows = make_rows([30, 3, 17])
+        found, expected = self.function(rows)(), super().function(rows)()
+        # Rounding of float32, 2^10 eps of the largest value, as in the tests.
+        allowed = expected.abs().max().item() / 2**13
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+
+    def function(self, rows):
+        arrays = {"input_ids": rows.ids.numpy(), "attention_mask": rows.mask.numpy()}
+
+        def infer():
+            return mean(torch.from_numpy(self.session.run(None, arrays)[0]), rows.mask)
+
+        return infer
+
+
+def make(name, *arguments):
+    return (Exported if name == "onnxruntime" else Encoder)(name, *arguments)
+
+
+def batches(task):
+    """(name, lengths) of every batch."""
+    if TOY:
+        yield "8, half padding", [x // 4 for x in HALF_PADDING]
+        return
+    yield "1", [128]
+    yield "8", [128] * 8
+    yield "8, half padding", HALF_PADDING
+    if DEVICE == "cuda":
+        yield "64", [128] * 64
+        yield "64, C4 to 2048", c4_lengths(64, 2048)
+    elif task == "embeddings":
+        yield "8, C4 to 256", c4_lengths(8, 256)
+        # Minutes, with logits.
+        yield "64", [128] * 64
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    on_cpu = DEVICE == "cpu" and not TOY
+    tasks = ["embeddings", "fill-mask"]
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=10, help="of a batch; 3 rounds at least")
+    parser.add_argument("--minutes", type=float, default=10, help="then nothing more is begun")
+    parser.add_argument("--output", default=record_file("inference"))
+    parser.add_argument("--toy", action="store_true")
+    parser.set_defaults(
+        settings=ON_CPU if on_cpu else ON_GPU,
+        dtypes=["float32", "bfloat16"] if on_cpu else ["bfloat16"],
+    )
+    if TOY:
+        # Not bf16, of which Triton's interpreter gets products wrong.
+        parser.set_defaults(settings=[*ON_GPU, "onnxruntime"], dtypes=["float32"], rounds=2)
+    args = parser.parse_args()
+    packages = ["onnxruntime"] if "onnxruntime" in args.settings else []
+    record, deadline, rows = recorder(args.output, *packages), Deadline(args.minutes), []
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
+        for task in args.tasks:
+            encoders = build(args.settings, dtype, 2048, task, make)
+            for batch, lengths in batches(task):
+                facts = {"task": task, "dtype": name, "batch": batch} | rates
+                for row in measure(encoders, lengths, facts, args.rounds, args.seconds, deadline):
+                    record(row)
+                    rows.append(row)
+            del encoders
+            free()
+    print_table(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

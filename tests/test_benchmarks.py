@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, at toy size and in Triton's interpreter, and count what they say."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, run_python
+
+sys.path.append(str(ROOT / "benchmarks"))
+import clocks  # noqa: E402
+import encoders  # noqa: E402
+import plot  # noqa: E402
+import pretraining  # noqa: E402
+import profile_step  # noqa: E402
+from lengths import HALF_PADDING, c4_lengths  # noqa: E402
+
+# Toy models are to be had in a process of its own, which reads --toy when it begins.
+TOYS = f"""
+import sys
+sys.argv, sys.path[:0] = ["", "--toy"], [{str(ROOT / "benchmarks")!r}]
+import torch
+from encoders import *
+"""
+
+
+@pytest.mark.parametrize(
+    "seqlen, percent", [(128, 91), (256, 77), (512, 56), (1024, 36), (2048, 20), (8192, 5)]
+)
+def test_c4_lengths_fill_rows_as_stated(seqlen, percent):
+    drawn = c4_lengths(200_000, seqlen)
+    assert max(drawn) == seqlen and min(drawn) > 2
+    assert sum(drawn) / len(drawn) / seqlen == pytest.approx(percent / 100, abs=0.006)
+
+
+def test_half_of_the_half_padded_rows_is_padding():
+    assert sum(HALF_PADDING) == 8 * 128 // 2
+
+
+def test_the_recipe_is_projected_from_tokens_per_second():
+    args = SimpleNamespace(steps=70_000, global_batch=4096, gpus=8, price=2.0)
+    # 36.7 G tokens by 8 GPUs of 600,000 a second.
+    expected = 70_000 * 4096 * 128 / 4.8e6 / 3600
+    found = pretraining.project(600_000, 128, args)
+    assert found == {"hours": pytest.approx(expected), "dollars": pytest.approx(16 * expected)}
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 200])
+def test_scores_near_counts_pairs_within_the_window(length):
+    place = torch.arange(length)
+    assert encoders.scores_near(length, 64) == ((place - place[:, None]).abs() <= 64).sum()
+
+
+def test_functions_are_timed_in_turn():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = clocks.interleaved(functions, rounds=9, seconds=0)
+    assert calls == ["a", "b"] * 3 and set(times) == {"a", "b"}
+    assert all(low <= median <= high for median, low, high in times.values())
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "matmul"),
+        ("_dkdv_kernel", "attention"),
+        ("triton_per_fused_add_native_dropout_native_layer_norm_3", "LayerNorm"),
+        ("triton_poi_fused_gelu_mul_native_dropout_5", "GLU"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("aten::_log_softmax", "loss"),
+        ("aten::bernoulli_", "dropout"),
+        ("aten::div_", "other"),
+    ],
+)  # fmt: skip
+def test_a_kernel_belongs_to_the_part_it_is_named_after(name, part):
+    assert profile_step.part_of(name) == part
+
+
+def test_plots_without_records_say_what_is_missing(tmp_path, capsys):
+    plot.draw_cpu(tmp_path)
+    plot.draw_gpu(tmp_path)
+    said = capsys.readouterr().out
+    assert "make bench-cpu" in said and "make bench-gpu" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_flop_are_those_that_torch_counts():
+    run_python(
+        TOYS
+        + """
+from torch.utils.flop_counter import FlopCounterMode
+for name in ("mosaic", "bert", "modernbert"):
+    SETTINGS["eager"] = Setting(name, "eager")
+    encoder = Encoder("eager", torch.float32, 32, "fill-mask")
+    # Full rows, as torch counts padding too, and shorter than ModernBERT's window.
+    rows = make_rows([32] * 3)
+    with FlopCounterMode(display=False) as counter:
+        encoder.function(rows)()
+    # ModernBERT's rotations were small products before transformers 5.1.
+    slack = 0.01 if name == "modernbert" else 0
+    assert abs(encoder.flop(rows) / counter.get_total_flops() - 1) <= slack, name
+"""
+    )
+
+
+@pytest.mark.skipif(
+    transformers.__version__ < "5.1", reason="transformers had no FlexAttention in both models"
+)
+def test_settings_that_pack_give_the_logits_of_those_that_pad():
+    run_python(
+        TOYS
+        + """
+rows = make_rows([30, 3, 17])
+for name in ("bert", "modernbert"):
+    packed, padded = (
+        Encoder(x, torch.float32, 32, "fill-mask").function(rows)() for x in (f"{name}-flex", name)
+    )
+    torch.testing.assert_close(packed[0], padded[rows.mask.bool()])
+"""
+    )
+
+
+def test_the_check_finds_a_mask_left_out():
+    run_python(
+        TOYS
+        + """
+encoder = Encoder("bert", torch.float32, 32, "step")
+inputs = encoder.inputs
+
+def without_mask(rows, labels):
+    batch = inputs(rows, labels)[0]
+    del batch["attention_mask"]
+    return [batch]
+
+encoder.inputs = without_mask
+try:
+    encoder.check()
+except AssertionError as error:
+    assert "off by" in str(error)
+else:
+    raise SystemExit("not found")
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "command, cases",
+    [
+        ("pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
+        ("inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
+        ("memory.py --settings mosaic --tasks step --longest 32", 4),
+        ("profile_step.py --steps 1", 12),
+        ("attention.py --providers ours sdpa", 16),
+    ],
+)
+def test_a_toy_run_prints_records_and_a_table(command, cases):
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{command.split()[0]}", *command.split()[1:], "--toy"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(records) == cases
+    for record in records:
+        assert "skipped" not in record
+        assert record.keys() >= {"command", "device", "torch", "transformers", "commit", "date"}
+    assert len([line for line in lines if not line.startswith("{")]) > 1
