@@ -2,7 +2,7 @@
 """What a folder for the Hub needs beside weights and code, and the way there: a tokenizer that
 loads on every supported transformers, a model card, and the upload.
 
-convert_weights.py and train_mlm.py use it. An upload that failed is repeated by
+convert_weights.py, train_mlm.py and finetune.py use it. An upload that failed is repeated by
 
     python -c "from publishing import publish; publish('FOLDER', 'ORG/NAME')"
 """
@@ -196,6 +196,7 @@ def write_card(
     datasets: list[str] | None = None,
     served: bool = False,
     ours: bool = True,
+    example_input: str | None = None,
 ):
     """Writes README.md: what the model is, an example that runs in the folder, a table of facts.
 
@@ -208,6 +209,7 @@ def write_card(
         datasets: Hub ids of the training data.
         served: the folder is in Jina's layout.
         ours: it is a MosaicBERT, and not transformers' BERT.
+        example_input: Python for what the example asks the model; None: a sentence.
     """
     task = "feature-extraction" if served else TASKS[auto_class]
     metadata = ModelCardData(
@@ -225,7 +227,9 @@ def write_card(
         name=name,
         summary=summary,
         example=(EXAMPLE_SERVED if served else example).format(
-            task=task, auto_class=auto_class, text=EXAMPLE_INPUTS.get(task, '"A sentence."')
+            task=task,
+            auto_class=auto_class,
+            text=example_input or EXAMPLE_INPUTS.get(task, '"A sentence."'),
         ),
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
     )
@@ -238,7 +242,7 @@ def write_card(
 def publish(
     folder: str | Path, repo_id: str, private: bool = False, revision: str | None = None
 ) -> str:
-    """Uploads a folder that convert_weights.py or train_mlm.py wrote, in one commit.
+    """Uploads a folder that convert_weights.py, train_mlm.py or finetune.py wrote, in one commit.
 
     The token is the one that huggingface_hub finds (`hf auth login`, HF_TOKEN).
 

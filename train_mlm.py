@@ -126,7 +126,8 @@ def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
 
 
 def is_ours(model) -> bool:
-    return model.config.model_type == "mosaic_bert"
+    # On transformers 4.57 a published checkpoint's config keeps that of its file, "bert".
+    return type(model.config).model_type == "mosaic_bert"
 
 
 def attention_backend(model, args: RecipeArguments) -> str:
@@ -354,6 +355,15 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     return newest and str(newest)
 
 
+def one_gpu_each(args: RecipeArguments):
+    """ValueError: this process would spread a batch over several GPUs by itself."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process has {args.n_gpu} GPUs, it can use one: start one process for each by "
+            f"accelerate launch --num_processes {args.n_gpu}, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
 def use_all_cores(args: RecipeArguments):
     """accelerate launch leaves a process one thread unless it is told otherwise."""
     if args.use_cpu:
@@ -419,11 +429,7 @@ def hub_id(name: str | None) -> str | None:
 
 def main():
     model_args, tokenizer_args, data_args, args = parse(sys.argv[1:])
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"this process has {args.n_gpu} GPUs, it can use one: start one process for each by "
-            f"accelerate launch --num_processes {args.n_gpu}, or set CUDA_VISIBLE_DEVICES"
-        )
+    one_gpu_each(args)
     if data_args.pack and model_args.model_type == "bert":
         raise ValueError("leave out --pack: a bert would let packed documents see each other")
     checkpoint = checkpoint_to_resume(args)

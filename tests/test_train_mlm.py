@@ -242,6 +242,12 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
     assert continued.config.attention_probs_dropout_prob == 0.2
 
 
+def test_a_published_checkpoint_is_continued_as_a_mosaic_bert():
+    """transformers 4.57 keeps its config's model_type, "bert"."""
+    args = train_mlm.ModelArguments(model_name_or_path=str(ROOT / "tests/goldens/mosaic_tiny"))
+    assert train_mlm.is_ours(train_mlm.continued_model(args, trained_tokenizer(), 64))
+
+
 def test_weight_decay_reaches_every_parameter():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     names = train_mlm.MlmTrainer.get_decay_parameter_names(None, model)

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes a model on GLUE, or on rows of your own, to classify texts or pairs or to score them.
+
+    accelerate launch finetune.py --model FOLDER_OR_ID --task all --output_dir runs/glue
+    accelerate launch finetune.py --model FOLDER_OR_ID --task cola rte --data_dir glue --seeds 1 2 \
+        --output_dir runs/glue
+    accelerate launch finetune.py --model FOLDER_OR_ID --train_file train.csv \
+        --validation_file dev.csv --output_dir runs/mine
+
+Tasks, recipes and metrics are in glue_tasks.py, data in labelled_data.py, the model in
+classifiers.py. Every finished run leaves TASK/seed-N/result.json in output_dir, and the same
+command again runs the others only; results.json has them all. A task's first seed also leaves a
+complete Hub repository: weights, config, code, tokenizer and a model card.
+"""
+
+import gc
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import DataCollatorWithPadding, Trainer, set_seed
+from transformers.hf_argparser import HfArgumentParser
+
+from classifiers import (
+    ClassifierArguments,
+    build_classifier,
+    has_token_types,
+    is_trained_on,
+    label_ids,
+    longest,
+    read_config,
+    read_tokenizer,
+)
+from glue_tasks import (
+    RESULT,
+    RESULTS,
+    SEEDS,
+    TASKS,
+    Task,
+    collect,
+    metrics,
+    read_results,
+    table,
+    write_json,
+)
+from labelled_data import LabelledDataArguments, Part, encode, load_task
+from publishing import make_tokenizer_portable, publish, write_card
+from recipe import RecipeArguments, option
+from train_callbacks import LogFile
+from train_mlm import hub_id, is_ours, one_gpu_each, use_all_cores
+
+# Of the arguments, what a result depends on.
+SETTINGS = (
+    *("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm"),
+    *("warmup_share", "warmup_steps", "lr_end", "lr_scheduler_type", "bf16", "fp16", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
+)
+
+
+@dataclass
+class FinetuneArguments(RecipeArguments):
+    """TrainingArguments, of which a task has its own values unless they are given."""
+
+    seeds: list[int] | None = option(None, f"None: as many of {SEEDS} as published for the task")
+    save_all_seeds: bool = option(False, "keep the model of every seed, not of the first only")
+    save_strategy: str = "no"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.resume_from_checkpoint:
+            raise ValueError(
+                "leave out --resume_from_checkpoint: the same command again runs what is unfinished"
+            )
+
+
+def parse(argv: list[str]):
+    groups = (ClassifierArguments, LabelledDataArguments, FinetuneArguments)
+    # transformers leaves a run's precision there, which 4.57 then takes for all that come after it.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    return HfArgumentParser(groups).parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+# ---- a run ----
+
+
+class FinetuneTrainer(Trainer):
+    """Trainer that decays all parameters, as published, and saves tokenizers that every supported
+    transformers reads."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Models that take num_items_in_batch ignore it when they classify.
+        self.model_accepts_loss_kwargs = False
+
+    def get_decay_parameter_names(self, model):
+        return [name for name, _ in model.named_parameters()]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        config = self.model.config
+        if self.args.should_save and has_token_types(config):
+            folder = output_dir or self.args.output_dir
+            make_tokenizer_portable(folder, config.max_position_embeddings)
+
+
+@dataclass
+class Run:
+    """A task with one seed.
+
+    Args:
+        start: folder or Hub id of the weights to start from.
+        keep: whether the model is saved.
+        settings: what the result depends on, besides the seed.
+    """
+
+    name: str
+    seed: int
+    folder: Path
+    start: str
+    keep: bool
+    settings: dict
+
+
+def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args, args) -> dict:
+    """Trains, evaluates, and writes the run's folder, its result last."""
+    set_seed(args.seed)
+    max_length = run.settings["max_seq_length"]
+    with args.main_process_first():
+        model = build_classifier(model_args, run.start, task, tokenizer, max_length)
+        ids, types = task.labels and label_ids(model.config), has_token_types(model.config)
+        rows = {x: encode(y, task, ids, tokenizer, max_length, types) for x, y in parts.items()}
+    trainer = FinetuneTrainer(
+        model,
+        args,
+        DataCollatorWithPadding(tokenizer),
+        train_dataset=rows["train"],
+        eval_dataset=rows[next(iter(task.validation.values()))],
+        processing_class=tokenizer,
+        compute_metrics=lambda found: metrics(found.predictions, found.label_ids),
+        callbacks=[LogFile()],
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    found = {}
+    for suffix, split in task.validation.items():
+        output = trainer.predict(rows[split])
+        values = metrics(output.predictions, output.label_ids)
+        found |= {name + suffix: value for name, value in values.items()}
+    result = {
+        "task": run.name,
+        "seed": run.seed,
+        "score": sum(found[name] for name in task.score) / len(task.score),
+        "metrics": found,
+        "train_seconds": seconds,
+        "kept": run.keep,
+        "settings": run.settings,
+    }
+    if run.keep:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        if run.keep:
+            write_task_card(run, task, found, args, model_args, is_ours(model))
+        write_json(run.folder / RESULT, result)
+    return result
+
+
+def write_task_card(run: Run, task: Task, found: dict, args, model_args, ours: bool):
+    length = (
+        f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
+    start = hub_id(run.start) or Path(run.start).name
+    facts = {
+        "task": f"{task.title}: {', '.join(task.labels) if task.labels else 'a score'}",
+        "started from": start,
+        "run": f"{length} of {run.settings['train_rows']:,} rows, {args.rows_per_step()} a step, "
+        f"cut at {run.settings['max_seq_length']} tokens, seed {run.seed}",
+        "optimizer": f"{args.optim.value}, learning rate {args.learning_rate:g}, weight decay "
+        f"{args.weight_decay:g}",
+    } | {f"{name}, validation": f"{value:.4f}" for name, value in found.items()}
+    pair = '{"text": "A sentence.", "text_pair": "Another one."}'
+    write_card(
+        run.folder,
+        f"{Path(model_args.model).name}-{run.name}",
+        "AutoModelForSequenceClassification",
+        f"Fine-tuned on {task.title} by finetune.py.",
+        facts,
+        base_model=hub_id(model_args.model),
+        datasets=["nyu-mll/glue"] if run.name in TASKS else None,
+        ours=ours,
+        example_input=pair if len(task.columns) == 2 else None,
+    )
+
+
+# ---- all runs ----
+
+
+def finished_runs(args: FinetuneArguments) -> dict[Path, dict]:
+    """Results in output_dir by folder, none that --overwrite forgets.
+
+    Raises:
+        ValueError: there is no output_dir, or it holds something else.
+    """
+    if not args.output_dir:
+        raise ValueError("give --output_dir, the folder that models and results are written to")
+    folder = Path(args.output_dir)
+    if args.overwrite:
+        return {}
+    if folder.exists() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
+        raise ValueError(
+            f"output_dir {folder} is not empty and has no {RESULTS}: choose another, or write into "
+            "it with --overwrite true"
+        )
+    return read_results(folder)
+
+
+def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> list[Run]:
+    """The runs asked for, finished ones included.
+
+    Args:
+        loaded: `load_task`'s answers by task.
+
+    Raises:
+        ValueError: the model was trained on other labels, or a result in output_dir is of another
+            model, other data or other settings.
+    """
+    model_args, data, args = parse(argv)
+    folder, model = Path(args.output_dir), model_args.model
+    weights = {"weights": model_args.version()}
+    of_mnli = [x for x, result in finished.items() if result["task"] == "mnli" and result["kept"]]
+    runs = []
+    for name, (task, parts, source) in loaded.items():
+        start = str(of_mnli[0]) if task.from_mnli and of_mnli else model
+        if start == model and not model_args.new_classifier:
+            is_trained_on(model, config, task)
+        own = parse([*task.flags(), *argv])[-1]
+        settings = weights | {"start": "model" if start == model else "mnli", "data": source}
+        settings["max_seq_length"] = longest(config, tokenizer, data.max_seq_length)
+        settings["train_rows"] = len(parts["train"].rows)
+        settings["rows_per_step"] = own.rows_per_step()
+        settings |= {key: getattr(own, key) for key in SETTINGS}
+        settings["dropout"] = model_args.dropout()
+        check_settings(finished, name, settings)
+        seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
+        for seed in seeds:
+            keep = seed == seeds[0] or args.save_all_seeds
+            runs.append(Run(name, seed, folder / name / f"seed-{seed}", start, keep, settings))
+        if name == "mnli" and runs[-len(seeds)].folder not in finished:
+            of_mnli.insert(0, runs[-len(seeds)].folder)
+    # Results of tasks that are not asked for now, which results.json has too.
+    check_settings(finished, None, weights)
+    return runs
+
+
+def check_settings(finished: dict[Path, dict], name: str | None, settings: dict):
+    """ValueError: a result of this task, or of any if None, has other settings."""
+    for folder, result in finished.items():
+        for key, value in settings.items():
+            theirs = result["settings"][key]
+            if name in (None, result["task"]) and theirs != value:
+                raise ValueError(
+                    f"{folder} was made with {key} {theirs}, not {value}: choose another "
+                    "--output_dir, or forget all that it has with --overwrite true"
+                )
+
+
+def main(argv: list[str]):
+    model_args, data, args = parse(argv)
+    if not model_args.model:
+        raise ValueError("give --model, a folder or a Hub id")
+    if "--seed" in argv:
+        raise ValueError("give --seeds, one or more, in place of --seed")
+    names = data.names()
+    if args.publish_to and len(names) > 1:
+        raise ValueError(f"--push_to_hub is for one model: give one --task of {', '.join(names)}")
+    one_gpu_each(args)
+    use_all_cores(args)
+    main_process = args.process_index == 0
+    finished = broadcast_object_list([finished_runs(args) if main_process else None])[0]
+    with args.main_process_first():
+        config = read_config(model_args.model, model_args.trust_remote_code)
+        tokenizer = read_tokenizer(model_args, config)
+        loaded = {name: load_task(name, data) for name in names}
+    runs = plan(loaded, finished, config, tokenizer, argv)
+    folder = Path(args.output_dir)
+    record = {"model": model_args.model, "weights": runs[0].settings["weights"]}
+    if main_process:
+        for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
+            file.unlink()
+        write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+    for run in runs:
+        if run.folder in finished:
+            if main_process:
+                print(f"{run.folder} is finished")
+            continue
+        task, parts, _ = loaded[run.name]
+        its_own = ["--seed", str(run.seed), "--output_dir", str(run.folder)]
+        # Made when the run begins: it sets the precision of the process.
+        run_args = parse([*task.flags(), *argv, *its_own])[-1]
+        finetune(run, task, parts, tokenizer, model_args, run_args)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if main_process:
+            write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+    if main_process:
+        print(f"\n{table(collect(folder))}\n\n{folder / RESULTS}")
+        if args.publish_to:
+            print(publish(runs[0].folder, args.publish_to, args.private, args.revision))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLUE's tasks, each with the recipe of MosaicBERT's fine-tuning, and the figures it is judged by.
+
+Recipes: mosaicml/examples at daddaeff7a, examples/benchmarks/bert: src/glue/finetuning_jobs.py,
+yamls/finetuning/glue/mosaic-bert-base-uncased.yaml, and for other data
+yamls/finetuning/mosaic-bert-base-uncased.yaml. GLUE's ninth task, WNLI, is left out there too.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from scipy.special import log_softmax
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+SEEDS = (19, 8364, 717, 10536, 90166)
+# Of one run, and of all in an output folder.
+RESULT, RESULTS = "result.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is read, how it is trained, and what counts.
+
+    Args:
+        columns: of the text, one or two.
+        labels: names by id, in the order of the Hub's `glue`; None for regression.
+        score: names of the metrics whose mean is the task's score.
+        learning_rate, epochs, batch, decay: at the peak; of the data; rows of an optimizer step;
+            decoupled weight decay at the peak.
+        seeds: how many of SEEDS the paper's mean is over.
+        from_mnli: starts from the model fine-tuned on MNLI, where there is one.
+        validation: what is put behind the metric's name, and the split it is of.
+    """
+
+    title: str
+    columns: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = ()
+    score: tuple[str, ...] = ("accuracy",)
+    learning_rate: float = 1e-5
+    epochs: int = 10
+    batch: int = 16
+    decay: float = 1e-6
+    seeds: int = 1
+    from_mnli: bool = False
+    validation: dict[str, str] = field(default_factory=lambda: {"": "validation"})
+
+    def flags(self) -> list[str]:
+        """The recipe as flags of finetune.py. Autocast would round values of regression to eight
+        bits, so it is off there."""
+        values = {
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "global_batch_size": self.batch,
+            "decoupled_weight_decay": self.decay,
+        }
+        if self.labels is None:
+            values["bf16"] = False
+        return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILS = ("entailment", "not_entailment")
+# In the order of the model card's table.
+TASKS = {
+    "mnli": Task(
+        "MNLI-(m/mm)",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy", "accuracy_mm"),
+        5e-5,
+        epochs=3,
+        batch=48,
+        decay=5e-6,
+        validation={"": "validation_matched", "_mm": "validation_mismatched"},
+    ),
+    "qqp": Task(
+        "QQP",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        3e-5,
+        epochs=5,
+        decay=3e-6,
+    ),
+    "qnli": Task("QNLI", ("question", "sentence"), ENTAILS),
+    "sst2": Task(
+        "SST-2",
+        ("sentence",),
+        ("negative", "positive"),
+        learning_rate=3e-5,
+        epochs=3,
+        decay=3e-6,
+        seeds=3,
+    ),
+    "cola": Task(
+        "CoLA",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        ("matthews",),
+        5e-5,
+        batch=32,
+        decay=5e-6,
+        seeds=4,
+    ),
+    "stsb": Task(
+        "STS-B", PAIR, None, ("spearman",), 3e-5, batch=32, decay=3e-6, seeds=5, from_mnli=True
+    ),
+    "mrpc": Task(
+        "MRPC",
+        PAIR,
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        8e-5,
+        batch=32,
+        decay=8e-6,
+        seeds=5,
+        from_mnli=True,
+    ),
+    "rte": Task("RTE", PAIR, ENTAILS, epochs=3, decay=1e-5, seeds=5, from_mnli=True),
+}
+
+
+# ---- metrics ----
+
+
+def metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """What GLUE publishes for any of its tasks.
+
+    Args:
+        predictions: (rows, classes) logits, or (rows, 1) values.
+        labels: (rows,) ids, or values.
+
+    Returns:
+        accuracy, F1 (of class 1, or the mean over more than two classes), Matthews' correlation and
+        loss, the mean cross-entropy; or Pearson's and Spearman's correlation and the mean squared
+        error. Trainer's own loss counts a row twice where processes cannot share rows equally.
+
+    Raises:
+        FloatingPointError: a prediction is not finite.
+    """
+    if not np.isfinite(predictions).all():
+        raise FloatingPointError(
+            "the model's outputs are not finite, the training has diverged: try a lower "
+            "--learning_rate or --max_grad_norm 1"
+        )
+    if predictions.shape[1] == 1:
+        values = predictions[:, 0]
+        return {
+            "pearson": correlation(pearsonr, values, labels),
+            "spearman": correlation(spearmanr, values, labels),
+            "loss": float(np.mean((values - labels) ** 2)),
+        }
+    guesses = predictions.argmax(-1)
+    average = "binary" if predictions.shape[1] == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(labels, guesses)),
+        "f1": float(f1_score(labels, guesses, average=average, zero_division=0)),
+        "matthews": float(matthews_corrcoef(labels, guesses)),
+        "loss": float(-log_softmax(predictions, axis=1)[np.arange(len(labels)), labels].mean()),
+    }
+
+
+def correlation(of, x: np.ndarray, y: np.ndarray) -> float:
+    """0 where one of them is constant, as Matthews' is then; scipy's would be NaN."""
+    return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(of(x, y).statistic)
+
+
+# ---- results ----
+
+
+def write_json(file: Path, values: dict):
+    """Writes in one step: the file is whole, or as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(file)
+
+
+def read_results(folder: Path) -> dict[Path, dict]:
+    """What finetune.py wrote of its finished runs, by the run's folder."""
+    files = sorted(folder.glob(f"*/seed-*/{RESULT}"))
+    return {file.parent: json.loads(file.read_text()) for file in files}
+
+
+def collect(folder: Path) -> dict[str, dict]:
+    """All results in an output folder by task: `score` and `metrics`, each with mean and spread
+    over seeds, and `runs`."""
+    tasks = {}
+    for result in read_results(folder).values():
+        tasks.setdefault(result["task"], []).append(result)
+    return {
+        name: {
+            "score": summary([run["score"] for run in runs]),
+            "metrics": {
+                metric: summary([run["metrics"][metric] for run in runs])
+                for metric in runs[0]["metrics"]
+            },
+            "runs": runs,
+        }
+        for name, runs in tasks.items()
+    }
+
+
+def summary(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation, which a single value does not have."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def table(tasks: dict[str, dict]) -> str:
+    """The model card's table, in per cent: each task's mean score, ± its standard deviation over
+    seeds, and the mean of the tasks.
+
+    Args:
+        tasks: as `collect` gives them.
+    """
+    columns = {}
+    for name in sorted(tasks, key=[*TASKS, *tasks].index):
+        score = tasks[name]["score"]
+        spread = "" if score["std"] is None else f" ± {100 * score['std']:.2f}"
+        title = TASKS[name].title if name in TASKS else name
+        columns[title] = f"{100 * score['mean']:.2f}{spread}"
+    if len(tasks) > 1:
+        title = "Average" if set(TASKS) <= set(tasks) else "Average of these"
+        columns[title] = f"{100 * mean(task['score']['mean'] for task in tasks.values()):.2f}"
+    rows = (columns, ["---"] * len(columns), columns.values())
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,582 @@
+# SPDX-License-Identifier: Apache-2.0
+"""finetune.py on tiny models and made-up rows: what it learns, writes, skips and refuses."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import GOLDENS
+from safetensors.torch import load_file, save_file
+from training import ACCELERATE, ROOT, flags, read_json, run
+
+import convert_weights
+import finetune
+import glue_tasks
+import labelled_data
+from glue_tasks import TASKS
+from publishing import SPECIAL_TOKENS, load_tokenizer
+
+AGES, READERS, SIZES = ("old", "young", "tall", "wise"), ("man", "woman", "child"), ("long", "new")
+SENTENCES = [f"the {x} {y} reads a {z} book" for z in SIZES for y in READERS for x in AGES]
+# Enough for a tiny model to learn a word by heart.
+QUICK = {"learning_rate": 1e-3, "num_train_epochs": 8, "global_batch_size": 8, "cpu_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    file.write_text("\n".join([*SPECIAL_TOKENS, *words, *(f"w{i}" for i in range(150))][:160]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory, vocab):
+    """A converted published checkpoint, of an MLM."""
+    folder = tmp_path_factory.mktemp("golden") / "golden"
+    convert_weights.main([str(GOLDENS / "mosaic_tiny"), str(folder), "--tokenizer", str(vocab)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, vocab):
+    """transformers' own BERT, which has learned positions, 16 of them."""
+    folder = tmp_path_factory.mktemp("stock") / "stock"
+    config = transformers.BertConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=16,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(vocab)).save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_own(folder: Path, rows: list[dict]) -> dict:
+    """Files of one's own, as flags."""
+    return {
+        "train_file": write_rows(folder / "train.jsonl", rows),
+        "validation_file": write_rows(folder / "dev.jsonl", rows[::3]),
+        "output_dir": folder / "out",
+    }
+
+
+def by_age(name=str) -> list[dict]:
+    """Sentences, and whether the reader is old."""
+    return [{"text": x, "label": name("old" if " old " in x else "other")} for x in SENTENCES]
+
+
+def write_glue(folder: Path) -> Path:
+    """A folder with MNLI, RTE, CoLA and STS-B, as far as their layout goes."""
+    for name in ("mnli", "rte", "cola", "stsb"):
+        task = TASKS[name]
+        rows = [
+            {column: SENTENCES[i - j] for j, column in enumerate(task.columns)}
+            | {"label": i % len(task.labels) if task.labels else i / 5, "idx": i}
+            for i in range(12)
+        ]
+        for split in ("train", *(x.replace("validation", "dev") for x in task.validation.values())):
+            write_rows(folder / name / f"{split}.jsonl", rows)
+    return folder
+
+
+def start(**values):
+    finetune.main(flags(**values))
+
+
+def result_of(folder: Path, name="own", seed=19) -> dict:
+    return read_json(folder, name, f"seed-{seed}", "result.json")
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def classify(folder: Path, *texts):
+    return transformers.pipeline("text-classification", model=str(folder), trust_remote_code=True)(
+        *texts
+    )
+
+
+# ---- what it learns and writes ----
+
+
+@pytest.fixture(scope="module")
+def finetuned(golden, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    start(model=golden, **QUICK, **write_own(folder, by_age()))
+    return folder / "out"
+
+
+def test_a_converted_golden_learns_which_reader_is_old(finetuned):
+    result = result_of(finetuned)
+    assert result["score"] == result["metrics"]["accuracy"] == 1
+    # Always the commoner label would have 3/4.
+    assert result["metrics"]["f1"] == result["metrics"]["matthews"] == 1
+    folder = finetuned / "own" / "seed-19"
+    guesses = classify(folder, [SENTENCES[0], SENTENCES[1]])
+    assert [guess["label"] for guess in guesses] == ["old", "other"]
+
+
+def test_the_folder_is_a_complete_hub_repository_whose_example_runs(finetuned, capsys):
+    folder = finetuned / "own" / "seed-19"
+    config, ours = read_json(folder, "config.json"), read_json(ROOT, "config.json")
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["auto_map"] == ours["auto_map"] and config["model_type"] == ours["model_type"]
+    assert config["label2id"] == {"old": 0, "other": 1}
+    # As published, whatever the checkpoint pre-trained with.
+    assert config["attention_probs_dropout_prob"] == 0
+    assert config["alibi_starting_size"] == config["max_position_embeddings"] == 256
+    settings = read_json(folder, "tokenizer_config.json")
+    assert settings["tokenizer_class"] in ("BertTokenizer", "PreTrainedTokenizerFast")
+    assert "token_type_ids" in settings["model_input_names"]
+    card = card_of(folder)
+    assert (
+        "pipeline_tag: text-classification" in card and "| accuracy, validation | 1.0000 |" in card
+    )
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(example.replace('"."', repr(str(folder))))
+    assert "'score': " in capsys.readouterr().out
+
+
+def test_a_stock_bert_learns_pairs_and_is_cut_at_its_positions(stock, tmp_path):
+    # 1 if both are the same; the second sentence is cut at 16 tokens.
+    rows = [
+        {"one": x, "two": x if i % 2 else "a woman reads", "label": i % 2}
+        for i, x in enumerate(SENTENCES)
+    ]
+    start(model=stock, **QUICK, **write_own(tmp_path, rows))
+    result = result_of(tmp_path / "out")
+    assert result["score"] == 1 and result["settings"]["max_seq_length"] == 16
+    folder = tmp_path / "out" / "own" / "seed-19"
+    config = read_json(folder, "config.json")
+    assert config["model_type"] == "bert" and config["label2id"] == {"0": 0, "1": 1}
+    pair = {"text": SENTENCES[0], "text_pair": "a woman reads"}
+    assert 'pipe({"text": "A sentence.", "text_pair": "Another one."})' in card_of(folder)
+    assert classify(folder, pair)["label"] == "0"
+
+
+@pytest.mark.parametrize("name", ["mosaic_tiny", "dnabert2_tiny"])
+def test_a_published_checkpoint_is_trained_as_it_is_by_this_folders_code(name, vocab, tmp_path):
+    """Its config looks like a stock BERT's, or like nothing, and its code does not load."""
+    own, quick = write_own(tmp_path, by_age()), {"max_steps": 1, "cpu_threads": 1}
+    start(model=GOLDENS / name, tokenizer_name=vocab, **quick, **own)
+    config = read_json(own["output_dir"], "own", "seed-19", "config.json")
+    assert config["model_type"] == "mosaic_bert"
+    assert config["auto_map"] == read_json(ROOT, "config.json")["auto_map"]
+    assert config["pad_token_id"] == 0
+
+
+def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
+    """transformers 5.0 leaves token types out unless asked."""
+    (tmp_path / "tokenizer").mkdir()
+    load_tokenizer(vocab).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    task, parts, _ = labelled_data.load_task(
+        "rte", labelled_data.LabelledDataArguments(task=["rte"], data_dir=str(write_glue(tmp_path)))
+    )
+    ids = {"entailment": 0, "not_entailment": 1}
+    rows = labelled_data.encode(parts["train"], task, ids, tokenizer, 12, True)
+    # [CLS] the old man reads [SEP] the old man reads a [SEP]
+    assert rows[0]["token_type_ids"] == [0] * 6 + [1] * 6
+    assert rows["labels"][:3] == [0, 1, 0]
+    rows = labelled_data.encode(parts["train"], task, ids, tokenizer, 12, False)
+    assert "token_type_ids" not in rows.column_names
+
+
+def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
+    """bf16 would round values to eight bits; transformers 4.57 leaves a run's precision behind."""
+    precisions, train = [], finetune.FinetuneTrainer.train
+
+    def watched(self):
+        precisions.append(self.accelerator.mixed_precision)
+        return train(self)
+
+    monkeypatch.setattr(finetune.FinetuneTrainer, "train", watched)
+    start(model=golden, max_steps=1, cpu_threads=1, **write_own(tmp_path / "1", by_age()))
+    rows = [{"text": x, "label": 2.5 if " old " in x else 0.5} for x in SENTENCES]
+    longer = QUICK | {"learning_rate": 3e-3, "num_train_epochs": 30}
+    start(model=golden, **longer, **write_own(tmp_path / "2", rows))
+    assert precisions == ["bf16", "no"]
+    result = result_of(tmp_path / "2" / "out")
+    assert result["score"] == result["metrics"]["spearman"] and result["metrics"]["pearson"] > 0.95
+    folder = tmp_path / "2" / "out" / "own" / "seed-19"
+    assert read_json(folder, "config.json")["problem_type"] == "regression"
+    old, young = (guess["score"] for guess in classify(folder, SENTENCES[:2]))
+    assert abs(old - 2.5) < 0.5 and abs(young - 0.5) < 0.5
+
+
+def test_a_classifier_is_trained_on_if_it_knows_the_labels(finetuned, tmp_path):
+    """Its ids stay, whatever labels the new data has."""
+    folder = finetuned / "own" / "seed-19"
+    only_others = [{"text": x, "label": "other" if i else "old"} for i, x in enumerate(SENTENCES)]
+    own = write_own(tmp_path, only_others)
+    start(model=folder, learning_rate=0, max_steps=1, cpu_threads=1, **own)
+    out = own["output_dir"] / "own" / "seed-19"
+    before, after = (load_file(x / "model.safetensors") for x in (folder, out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    renewed = flags(model=folder, learning_rate=0, max_steps=1, cpu_threads=1, **own)
+    finetune.main([*renewed, "--new_classifier", "--overwrite"])
+    after = load_file(out / "model.safetensors")
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing == {"classifier.weight", "classifier.bias"}
+
+
+def test_two_processes_evaluate_every_row_once_and_train_as_one(golden, tmp_path):
+    own = write_own(tmp_path, by_age())
+    write_rows(own["validation_file"], by_age()[:7])
+    values = QUICK | own | {"model": golden, "num_train_epochs": 2, "bf16": False}
+    values |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    start(**values | {"output_dir": tmp_path / "one"})
+    config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
+    run(
+        tmp_path,
+        *ACCELERATE,
+        *config,
+        ROOT / "finetune.py",
+        *flags(**values | {"output_dir": tmp_path / "two"}),
+    )
+    one, two = (result_of(tmp_path / x)["metrics"] for x in ("one", "two"))
+    # Sums in another order: 2 ** -24 for each, amplified by 6 steps of training.
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+# ---- GLUE: several tasks and seeds ----
+
+
+@pytest.fixture(scope="module")
+def glue(golden, tmp_path_factory):
+    """Two seeds of four tasks, at learning rate 0: models keep the weights they start from."""
+    cwd = tmp_path_factory.mktemp("glue")
+    values = {"model": golden, "data_dir": write_glue(cwd / "data"), "output_dir": cwd / "out"}
+    command = flags(**values, learning_rate=0, max_steps=1, cpu_threads=1)
+    command += ["--save_all_seeds", "--seeds", "1", "2", "--task", "rte", "cola", "mnli", "stsb"]
+    finetune.main(command)
+    return SimpleNamespace(cwd=cwd, out=cwd / "out", command=command)
+
+
+def weights_of(glue, name, seed):
+    return load_file(glue.out / name / f"seed-{seed}" / "model.safetensors")
+
+
+def test_rte_and_stsb_start_from_the_first_model_of_mnli(glue):
+    pooler, mnli = "bert.pooler.dense.weight", weights_of(glue, "mnli", 1)
+    for name, starts_there in {"rte": True, "stsb": True, "cola": False}.items():
+        # Were it new, as the checkpoint has none, it would be another with each seed.
+        assert torch.equal(weights_of(glue, name, 2)[pooler], mnli[pooler]) == starts_there
+        start = result_of(glue.out, name, 2)["settings"]["start"]
+        assert start == ("mnli" if starts_there else "model")
+    sizes = [len(weights_of(glue, x, 1)["classifier.weight"]) for x in ("mnli", "rte", "stsb")]
+    assert sizes == [3, 2, 1]
+
+
+def test_the_record_has_mean_and_spread_over_seeds(glue):
+    record = read_json(glue.out, "results.json")
+    assert set(record["tasks"]) == {"mnli", "rte", "cola", "stsb"}
+    for name, task in record["tasks"].items():
+        scores = [result_of(glue.out, name, seed)["score"] for seed in (1, 2)]
+        assert task["score"]["mean"] == pytest.approx(sum(scores) / 2)
+        assert task["score"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / math.sqrt(2))
+        assert [run["score"] for run in task["runs"]] == scores
+    assert {"accuracy", "accuracy_mm"} < set(record["tasks"]["mnli"]["metrics"])
+
+
+def test_labels_of_glue_have_their_names(glue):
+    config = read_json(glue.out, "mnli", "seed-1", "config.json")
+    assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
+    assert "datasets:\n- nyu-mll/glue" in card_of(glue.out / "mnli" / "seed-1")
+
+
+def test_only_what_is_unfinished_is_run_again(glue, capsys):
+    results = sorted(glue.out.glob("*/seed-*/result.json"))
+    before = {file: file.stat().st_mtime_ns for file in results}
+    results[0].unlink()
+    finetune.main(glue.command)
+    after = {file: file.stat().st_mtime_ns for file in results}
+    assert [file for file in results if before[file] != after[file]] == results[:1]
+    said = capsys.readouterr().out
+    assert said.count(" is finished\n") == 7
+    assert re.search(r"\| MNLI-\(m/mm\) \| CoLA \| STS-B \| RTE \| Average of these \|\n", said)
+
+
+@pytest.mark.parametrize("changed", ["learning_rate", "data", "weights"])
+def test_results_of_other_settings_are_not_taken_for_those_asked_for(
+    glue, stock, tmp_path, changed
+):
+    command = list(glue.command)
+    if changed == "learning_rate":
+        command += flags(learning_rate=1e-5)
+    elif changed == "weights":
+        command += flags(model=stock)
+    else:
+        shutil.copytree(glue.cwd / "data", tmp_path / "data")
+        file = tmp_path / "data" / "mnli" / "train.jsonl"
+        file.write_text(file.read_text().replace("old", "wise"))
+        command += flags(data_dir=tmp_path / "data")
+    before = (glue.out / "results.json").read_text()
+    with pytest.raises(ValueError, match=rf"made with {changed} .*another --output_dir, or forget"):
+        finetune.main(command)
+    assert (glue.out / "results.json").read_text() == before
+
+
+# ---- figures ----
+
+
+def test_metrics_are_those_counted_by_hand():
+    # Of class 1: 2 right, 1 guessed wrongly, 1 missed; of class 0: 1 right.
+    guesses, labels = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])
+    found = glue_tasks.metrics(np.eye(2)[guesses], labels)
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert found["matthews"] == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    # Logits of 0 and 1: three rows are right, two are wrong.
+    assert found["loss"] == pytest.approx(math.log(1 + math.e) - 3 / 5)
+    values, labels = np.array([[0.0], [1], [8]]), np.array([1.0, 2, 3])
+    found = glue_tasks.metrics(values, labels)
+    assert found["spearman"] == pytest.approx(1)
+    assert found["pearson"] == pytest.approx(8 / math.sqrt(2 * 38))
+    assert found["loss"] == pytest.approx((1 + 1 + 25) / 3)
+
+
+def test_a_model_that_always_says_the_same_correlates_with_nothing():
+    found = glue_tasks.metrics(np.ones((3, 1)), np.arange(3.0))
+    assert found["pearson"] == found["spearman"] == 0
+    assert glue_tasks.metrics(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0
+
+
+def test_outputs_that_are_not_finite_are_no_result():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        glue_tasks.metrics(np.array([[math.nan], [1]]), np.arange(2.0))
+
+
+def test_the_table_has_the_model_cards_columns():
+    scores = {name: {"score": glue_tasks.summary([0.5, 0.6])} for name in reversed(TASKS)}
+    head, _, row = glue_tasks.table(scores).splitlines()
+    assert head == ("| MNLI-(m/mm) | QQP | QNLI | SST-2 | CoLA | STS-B | MRPC | RTE | Average |")
+    assert row == "|" + " 55.00 ± 7.07 |" * 8 + " 55.00 |"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_recipe_decays_by_as_much_at_its_peak_as_published(name):
+    task = TASKS[name]
+    args = finetune.parse(["--task", name, *task.flags()])[-1]
+    assert args.weight_decay * args.learning_rate == pytest.approx(task.decay)
+    assert args.rows_per_step() == task.batch and args.num_train_epochs == task.epochs
+    assert args.bf16 == (name != "stsb") and args.get_warmup_steps(100) == 6
+
+
+# ---- bad input ----
+
+
+def own_files(tmp_path, train: str, validation: str | None = None, suffix="csv") -> dict:
+    """Files with this text, validation as training unless given."""
+    files = [tmp_path / f"{split}.{suffix}" for split in ("train", "dev")]
+    for file, text in zip(files, (train, validation or train), strict=True):
+        file.write_text(text)
+    return {"train_file": str(files[0]), "validation_file": str(files[1])}
+
+
+GOOD = "text,label\na man,x\na woman,y\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "message"),
+    [
+        ("", {}, r"train.csv is empty"),
+        ("text,label\n", {}, r"train.csv cannot be read as csv, or has no rows"),
+        ("text,class\na man,x\n", {}, r"no column label, only text, class: .*--label_column"),
+        (GOOD, {"text_columns": ["body"]}, r"no column body, only text, label"),
+        ("a,b,c,label\np,q,r,x\n", {}, r"3 columns of text \(a, b, c\): .*--text_columns"),
+        ("id,label\n1,x\n", {}, r"0 columns of text"),
+        ("text,label\na man,x\na woman,\n", {}, r"row 2 of 2: the label is ''; fill it in"),
+        ("text,label\na man,0.5\na woman,nan\n", {}, r"row 2 of 2: the label is '?nan'?; fill"),
+        ("text,label\na man,x\na woman,x\n", {}, r"has the label x only"),
+        ("text,label\na man,x\n", {"problem": "regression"}, r"row 1: the label is 'x'"),
+        ("text,label\na man,inf\n", {"problem": "regression"}, r"row 1: the label is inf"),
+        ('{"text": null, "label": 1}\n{"text": "a", "label": 0}', {}, r"row 1: text is None"),
+        ('{"text": "a man", "label": [1, 2]}', {}, r"the label is \[1, 2\], expected one"),
+        ('{"text": "a man", "label": null}', {}, r"row 1 of 1: the label is None"),
+        ('{"text": "a man", "label": NaN}', {}, r"row 1 of 1: the label is nan"),
+        ('{"text": ', {}, r"cannot be read as json"),
+    ],
+)
+def test_rows_that_lack_something_are_named(tmp_path, text, values, message):
+    suffix = "jsonl" if text.startswith("{") else "csv"
+    files = own_files(tmp_path, text, suffix=suffix)
+    args = labelled_data.LabelledDataArguments(**files, **values)
+    with pytest.raises(ValueError, match=message):
+        labelled_data.load_task("own", args)
+
+
+def test_a_label_that_training_has_not_is_named(tmp_path):
+    files = own_files(tmp_path, GOOD, GOOD + "a child,z\n")
+    with pytest.raises(ValueError, match=r"dev.csv has labels .* not know: z; known are x, y"):
+        labelled_data.load_task("own", labelled_data.LabelledDataArguments(**files))
+
+
+def test_words_that_look_like_missing_values_are_text(tmp_path):
+    files = own_files(tmp_path, "text,label\nnull,NA\nNA,None\n")
+    args = labelled_data.LabelledDataArguments(**files)
+    task, parts, _ = labelled_data.load_task("own", args)
+    assert task.labels == ("NA", "None") and list(parts["train"].rows["text"]) == ["null", "NA"]
+
+
+def test_numbers_are_classes_in_their_order(tmp_path):
+    rows = "".join(f"w{i},{i}\n" for i in (10, 9, 2))
+    args = labelled_data.LabelledDataArguments(**own_files(tmp_path, "text,label\n" + rows))
+    assert labelled_data.load_task("own", args)[0].labels == ("2", "9", "10")
+
+
+def test_hidden_labels_of_glue_are_refused(tmp_path):
+    """The test sets' labels are -1."""
+    file = write_glue(tmp_path) / "cola" / "dev.jsonl"
+    write_rows(file, [{"sentence": "a man", "label": -1}])
+    args = labelled_data.LabelledDataArguments(task=["cola"], data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"not know: -1; known are unacceptable, acceptable"):
+        labelled_data.load_task("cola", args)
+
+
+def test_a_task_that_is_not_in_the_folder_is_named(tmp_path):
+    args = labelled_data.LabelledDataArguments(task=["all"], data_dir=str(write_glue(tmp_path)))
+    assert args.names() == list(TASKS)
+    with pytest.raises(ValueError, match=r"qqp has no dev.jsonl|qqp has no train.jsonl"):
+        labelled_data.load_task("qqp", args)
+
+
+def test_glue_without_a_network_asks_for_a_folder():
+    args = labelled_data.LabelledDataArguments(task=["rte"])
+    with pytest.raises(ValueError, match=r"nyu-mll/glue rte cannot be had .*give --data_dir"):
+        labelled_data.load_task("rte", args)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "give either --task .* or --train_file"),
+        ({"task": ["cola"], "train_file": "a.csv"}, "give either --task .* or --train_file"),
+        ({"task": ["cola", "wnli"]}, "unknown --task wnli: all, or mnli, "),
+        ({"train_file": "a.csv"}, "give both --train_file and --validation_file"),
+        (
+            {"train_file": "a", "validation_file": "b", "text_columns": ["a", "b", "c"]},
+            "one or two, got a, b, c",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_contradict_each_other_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        labelled_data.LabelledDataArguments(**values)
+
+
+def test_data_that_a_trained_classifier_does_not_know_is_refused(finetuned, tmp_path):
+    folder = finetuned / "own" / "seed-19"
+    own = write_own(tmp_path, [{"text": x, "label": x.split()[2]} for x in SENTENCES])
+    with pytest.raises(ValueError, match=r"labels old, other, .*child, man.*--new_classifier true"):
+        start(model=folder, **own)
+    own = write_own(tmp_path, [{"text": x, "label": 0.5} for x in SENTENCES])
+    with pytest.raises(ValueError, match=r"labels old, other, the data has scores"):
+        start(model=folder, **own)
+    assert not own["output_dir"].exists()
+
+
+def without_tokenizer(golden, folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "vocab.txt").unlink(missing_ok=True)
+
+
+def with_a_small_vocabulary(golden, folder):
+    words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(400))]
+    without_tokenizer(golden, folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+
+
+def without_a_layer(golden, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: x for name, x in weights.items() if "layer.1." not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def in_jinas_layout(golden, folder):
+    shutil.copy(GOLDENS / "jina_v2_tiny" / "config.json", folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_tokenizer, "(?s)no tokenizer can be loaded from .*--tokenizer_name"),
+        (with_a_small_vocabulary, "ids up to 404, .* a vocabulary of 320: give the --tokenizer_"),
+        (without_a_layer, r"lacks \d+ weights that its config asks for: bert.encoder.layer.1"),
+        (in_jinas_layout, "in Jina's layout: python convert_weights.py"),
+        (lambda golden, folder: shutil.rmtree(folder), "no folder of a model and no Hub id"),
+    ],
+    ids=["tokenizer", "vocabulary", "layer", "jina", "nothing"],
+)
+def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, message):
+    shutil.copytree(golden, tmp_path / "model")
+    damage(golden, tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        start(model=tmp_path / "model", cpu_threads=1, **write_own(tmp_path, by_age()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output_dir": ""}, "give --output_dir"),
+        ({"model": ""}, "give --model"),
+        ({"seed": 3}, "give --seeds"),
+        ({"resume_from_checkpoint": "last"}, "the same command again runs what is unfinished"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_commands_that_lack_something_are_refused(golden, tmp_path, values, message):
+    own = write_own(tmp_path, by_age())
+    with pytest.raises(ValueError, match=message):
+        start(**{"model": golden} | own | values)
+
+
+def test_one_model_is_uploaded_not_several(golden):
+    command = flags(model=golden, output_dir="out", push_to_hub="org/name")
+    with pytest.raises(ValueError, match="give one --task of mnli, rte"):
+        finetune.main([*command, "--task", "rte", "mnli"])
+
+
+def test_overwriting_forgets_nothing_before_the_input_is_checked(glue):
+    before = sorted(glue.out.rglob("result*.json"))
+    with pytest.raises(ValueError, match="there is no|has no train.jsonl"):
+        finetune.main([*glue.command, "--overwrite", "--data_dir", "nowhere"])
+    assert sorted(glue.out.rglob("result*.json")) == before
+
+
+def test_overwriting_forgets_what_was_there(stock, tmp_path):
+    command = flags(model=stock, max_steps=1, cpu_threads=1, **write_own(tmp_path, by_age()))
+    finetune.main([*command, "--seeds", "1"])
+    finetune.main([*command, "--seeds", "2", "--learning_rate", "1e-3", "--overwrite"])
+    runs = read_json(tmp_path, "out", "results.json")["tasks"]["own"]["runs"]
+    assert [run["seed"] for run in runs] == [2]
+
+
+def test_an_output_folder_with_other_files_is_refused_and_kept(golden, tmp_path):
+    own = write_own(tmp_path, by_age())
+    own["output_dir"].mkdir()
+    (own["output_dir"] / "precious").write_text("kept")
+    with pytest.raises(ValueError, match="is not empty and has no results.json.*--overwrite true"):
+        start(model=golden, **own)
+    assert [file.name for file in own["output_dir"].iterdir()] == ["precious"]
