@@ -35,20 +35,20 @@ SKIP_FROM = 1024
 
 # (sm, padded head_dim, bytes per element): (BLOCK, STEP, warps, stages) of each kernel. A program
 # owns BLOCK tokens and streams the others, STEP at a time; "block" owns a whole sequence of up to
-# BLOCK tokens. Head dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 (on 3.6 up
-# to 8 bytes, sm_100 with head_dim 128 up to 96) and not timed: benchmarks/tune.py does it on a GPU.
+# BLOCK tokens. Head dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 and not
+# timed: benchmarks/tune.py does it on a GPU.
 KERNELS = ("forward", "dq", "dkdv", "block")
 TILES = {
-    (80, 64, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
+    (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
     (80, 128, 2): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
     (80, 64, 4): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
     (80, 128, 4): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    (89, 64, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
+    (89, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
     (89, 128, 2): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
     (89, 64, 4): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
     (89, 128, 4): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     (90, 64, 2): ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 1)),
-    (90, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+    (90, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 1)),
     (90, 64, 4): ((128, 32, 8, 2), (128, 32, 8, 2), (16, 32, 4, 1), (32, 32, 4, 1)),
     (90, 128, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     (100, 64, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1)),
@@ -97,24 +97,35 @@ def _locate(cu_seqlens, tile_map, heads, BLOCK: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def _below(index, end, KNOWN: tl.constexpr):
+    """index < end. Known to be true of all, it is a constant, a mask that the compiler drops."""
+    # `| KNOWN` would be shorter, but not in the interpreters of Triton 3.2 and 3.3.
+    return tl.zeros_like(index) == 0 if KNOWN else index < end
+
+
+@triton.jit
 def _pointers(
-    base, stride, start, seqlen, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    base, stride, start, seqlen,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr = False,
+):  # fmt: skip
     """Addresses of BLOCK rows of one head, and which of them exist: (BLOCK, BLOCK_D) both."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     # The product of scalars moves with the tile, the tensor does not: loops compute it once.
     base += start.to(tl.int64) * stride
     pointers = base + (rows.to(tl.int64)[:, None] * stride + dims[None, :])
-    return pointers, (rows < seqlen - start)[:, None] & (dims < HEAD_DIM)[None, :]
+    exists = _below(rows, seqlen - start, FULL)
+    within = _below(dims, HEAD_DIM, HEAD_DIM == BLOCK_D)
+    return pointers, exists[:, None] & within[None, :]
 
 
 @triton.jit
 def _load(
-    base, stride, start, seqlen, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    base, stride, start, seqlen,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr = False,
+):  # fmt: skip
     """BLOCK rows of one head: (BLOCK, BLOCK_D), zero where there is nothing."""
-    pointers, mask = _pointers(base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
+    pointers, mask = _pointers(base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D, FULL)
     return tl.load(pointers, mask=mask, other=0.0)
 
 
@@ -208,22 +219,22 @@ def _offsets(position_ids, start, seqlen, BLOCK: tl.constexpr, ANCHOR: tl.conste
 
 @triton.jit
 def _scores(
-    owned, streamed, offsets, position_ids, slope, start, column, seqlen,
-    STEP: tl.constexpr, ALIBI: tl.constexpr, SIDE: tl.constexpr,
+    owned, streamed, offsets, position_ids, slope, scale, start, column, seqlen,
+    STEP: tl.constexpr, ALIBI: tl.constexpr, SIDE: tl.constexpr, KEYS_OWNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Scores / scale as `tile + rest[:, None]`: (BLOCK, STEP) and (BLOCK,).
+    """Scores / scale as a tile (BLOCK, STEP), and for every query what is left to add, in base 2.
 
     To the left (SIDE 1) and right (2) of the diagonal, |owned - streamed| is a difference of known
-    sign. What it takes from the owned token and from the gap between the tiles goes to `rest`; the
-    streamed token's part, the distance from the tile's near edge, is the one instruction per score
-    that ALiBi costs.
+    sign: `away`, from the owned token to the near edge of the streamed tile, less `there`, from
+    that edge on. The keys' part is the one instruction per score that ALiBi costs. The queries'
+    part joins the row's maximum or log-sum-exp: (BLOCK,), or (STEP,) where keys are owned.
     """
     # Not streamed.T: the interpreter of Triton 3.2 loses its type (any test of the output).
     tile = _dot(owned, tl.trans(streamed))  # (BLOCK, STEP)
-    rest = tl.zeros_like(offsets)  # (BLOCK,)
+    ANCHOR: tl.constexpr = STEP - 1 if SIDE == 1 else 0
+    there = _offsets(position_ids, column, seqlen, STEP, ANCHOR)  # (STEP,)
+    rest = tl.zeros_like(there if KEYS_OWNED else offsets)
     if ALIBI:
-        ANCHOR: tl.constexpr = STEP - 1 if SIDE == 1 else 0
-        there = _offsets(position_ids, column, seqlen, STEP, ANCHOR)  # (STEP,)
         if position_ids is not None:
             gap = tl.load(position_ids + column + ANCHOR) - tl.load(position_ids + start)
         else:
@@ -235,8 +246,12 @@ def _scores(
             signed = slope if SIDE == 1 else -slope
             # Triton 3.9 would make `tile += ...` the product's initial value: on sm_100 a trip to
             # tensor memory, which spills (test_all_kernels_compile_without_spills).
-            tile = tl.fma(there[None, :], signed, tile)
-            rest = -signed * away
+            if KEYS_OWNED:
+                tile = tl.fma(away[:, None], -signed, tile)
+                rest = there * (signed * scale * LOG2E)
+            else:
+                tile = tl.fma(there[None, :], signed, tile)
+                rest = away * (-signed * scale * LOG2E)
     if SIDE == 0:
         tile = tl.where((column + tl.arange(0, STEP) < seqlen)[None, :], tile, float("-inf"))
     return tile, rest
@@ -328,14 +343,14 @@ def _forward_kernel(
         begin, end = _span(low, near, past, high, exact, SIDE)
         for step in range(begin, end):
             column = _visit(step, near, past, high, SIDE) * STEP
-            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D)
+            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
             scores, rest = _scores(
-                q, k, offsets, position_ids, slope, start, column, seqlen, STEP, ALIBI, SIDE
+                q, k, offsets, position_ids, slope, scale, start, column, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            raised = tl.maximum(peak, tl.max(scores, 1) + rest)
-            shrink = tl.exp2((peak - raised) * (scale * LOG2E))
-            p = tl.exp2(scores * (scale * LOG2E) - ((raised - rest) * (scale * LOG2E))[:, None])
+            raised = tl.maximum(peak, tl.max(scores, 1) * (scale * LOG2E) + rest)
+            shrink = tl.exp2(peak - raised)
+            p = tl.exp2(scores * (scale * LOG2E) - (raised - rest)[:, None])
             mass = mass * shrink + tl.sum(p, 1)
             if seed is not None:
                 keys = column + tl.arange(0, STEP)
@@ -347,7 +362,7 @@ def _forward_kernel(
     out_base = out + (first * heads + head) * HEAD_DIM
     out_tile = acc / (mass * keep)[:, None]
     _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse_tile = peak * scale * LOG2E + tl.log2(mass)
+    lse_tile = peak + tl.log2(mass)
     tl.store(lse + rows, lse_tile, mask=rows < seqlen)
 
 
@@ -396,12 +411,12 @@ def _dq_kernel(
         begin, end = _span(low, near, past, high, exact, SIDE)
         for step in range(begin, end):
             column = _visit(step, near, past, high, SIDE) * STEP
-            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D)
+            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
             scores, rest = _scores(
-                q, k, offsets, position_ids, slope, start, column, seqlen, STEP, ALIBI, SIDE
+                q, k, offsets, position_ids, slope, scale, start, column, seqlen, STEP, ALIBI, SIDE
             )  # (BLOCK, STEP), (BLOCK,)
-            p = tl.exp2(scores * (scale * LOG2E) + (rest * (scale * LOG2E) - lse_rows)[:, None])
+            p = tl.exp2(scores * (scale * LOG2E) - (lse_rows - rest)[:, None])
             dp = _dot(do, tl.trans(v))  # (BLOCK, STEP)
             if seed is not None:
                 keys = column + tl.arange(0, STEP)
@@ -454,15 +469,17 @@ def _dkdv_kernel(
         for step in range(begin, end):
             row = _visit(step, near, past, high, SIDE) * STEP
             rows = row + tl.arange(0, STEP)
-            q = _load(q_base, stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            do = _load(dout_base, dout_stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D)
-            lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
+            q = _load(q_base, stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            do = _load(
+                dout_base, dout_stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0
+            )
+            exists = _below(rows, seqlen, SIDE != 0)
+            lse_rows = tl.load(lse + rows, mask=exists, other=0.0)  # (STEP,)
             scores, rest = _scores(
-                k, q, offsets, position_ids, slope, start, row, seqlen, STEP, ALIBI, SIDE
-            )  # (BLOCK, STEP), (BLOCK,)
-            scores = scores * (scale * LOG2E) - lse_rows[None, :]
-            p = tl.exp2(scores + (rest * (scale * LOG2E))[:, None])
-            drift = tl.load(delta + rows, mask=rows < seqlen, other=0.0)  # (STEP,)
+                k, q, offsets, position_ids, slope, scale, start, row, seqlen,
+                STEP, ALIBI, SIDE, KEYS_OWNED=True,
+            )  # (BLOCK, STEP), (STEP,)  # fmt: skip
+            p = tl.exp2(scores * (scale * LOG2E) - (lse_rows - rest)[None, :])
             dp = _dot(v, tl.trans(do))  # (BLOCK, STEP)
             weights = p
             if seed is not None:
@@ -471,6 +488,7 @@ def _dkdv_kernel(
                 dp = tl.where(kept, dp, 0.0)
                 weights = tl.where(kept, p, 0.0)
             dv = _dot(weights.to(do.dtype), do, dv)
+            drift = tl.load(delta + rows, mask=exists, other=0.0)  # (STEP,)
             dk = _dot((p * (dp - drift[None, :])).to(q.dtype), q, dk)
     stride = 3 * heads * HEAD_DIM
     _store(dk * (scale / keep), dk_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
@@ -509,8 +527,9 @@ def _block_backward_kernel(
     lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=float("inf"))  # (BLOCK,)
     offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
     scores, _ = _scores(
-        q, k, offsets, position_ids, slope, start, start, seqlen, BLOCK, slopes is not None, 0
-    )  # (BLOCK, BLOCK)
+        q, k, offsets, position_ids, slope, scale, start, start, seqlen,
+        BLOCK, ALIBI=slopes is not None, SIDE=0,
+    )  # (BLOCK, BLOCK)  # fmt: skip
     p = tl.exp2(scores * (scale * LOG2E) - lse_rows[:, None])
     dp = _dot(do, tl.trans(v))
     weights = p

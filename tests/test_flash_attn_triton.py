@@ -3,7 +3,10 @@
 
     pytest tests/test_flash_attn_triton.py               # two and a half minutes on one core
     pytest tests/test_flash_attn_triton.py -m slow -s    # all kernels compiled, figures shown
-    pytest tests/test_flash_attn_triton.py -m gpu        # what needs a GPU
+    pytest tests/test_flash_attn_triton.py -m gpu        # what needs a GPU, in minutes
+    pytest tests/test_flash_attn_triton.py -m "gpu and slow"    # other head_dims, and fp32
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \\
+        python -m pytest tests/test_flash_attn_triton.py -m gpu -k "dropout and bfloat16"
 
 The interpreter computes bf16 dot products wrongly and ignores tf32, so bf16 is tested on GPUs only.
 """
@@ -47,6 +50,9 @@ def poisoned_memory():
 
 def use_tiles(patch, name):
     tiles = TILES[name]
+    if DEVICE == "cuda":
+        # Compiled for fp32, scores of 128 by 128 do not fit in registers.
+        tiles = tiles | dict(block=min(tiles["block"], (64, 64)))
     patch.setattr(module, "tile_shape", lambda qkv, direction: (*tiles[direction], 4, 1))
 
 
@@ -115,6 +121,7 @@ def assert_matches(qkv, dout, cu_seqlens, slopes=None, position_ids=None, mask=N
     return kernel
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="hours of compilation: -m gpu has others")
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(
@@ -613,24 +620,57 @@ def test_alibi_costs_at_most_15_percent_more_instructions(sm):
     figures = few_resources()
     for kernel in ("forward", "dq", "dkdv"):
         none, alibi = (
-            figures[sm, 64, 2, kernel, variant]["per_score"][-1] for variant in ("none", "alibi")
+            figures[sm, 64, 2, kernel, variant]["per_score"] for variant in ("none", "alibi")
         )
-        print(f"sm_{sm} {kernel}: {none} -> {alibi}, {alibi / none:.3f}")
-        assert alibi <= 1.15 * none, kernel
+        # Without a bias there is one loop; with ALiBi the diagonal's, the left and the right one.
+        assert (len(none), len(alibi)) == (1, 3)
+        for side, count in zip(("left", "right"), alibi[1:], strict=True):
+            print(f"sm_{sm} {kernel}, {side}: {none[0]} -> {count}, {count / none[0]:.3f}")
+            assert count <= 1.15 * none[0], (kernel, side)
 
 
 # On a GPU
 
 
+# Those that take longer to compile than the time one may get on a GPU are slow.
+DTYPES_AND_HEAD_DIMS = [(torch.bfloat16, 64), (torch.bfloat16, 40), (torch.float16, 64)] + [
+    pytest.param(dtype, head_dim, marks=pytest.mark.slow)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for head_dim in (8, 16, 32, 64, 96, 128)
+    if head_dim != 64 or dtype == torch.float32
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 40, 64, 96, 128])
+@pytest.mark.parametrize("dtype, head_dim", DTYPES_AND_HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("lengths", [[1, 63, 0, 128], [129, 1, 700]], ids=str)
 def test_compiled_kernels_match_the_oracle(dtype, head_dim, lengths):
     for position_ids in (None, make_holes(lengths)):
         qkv, cu_seqlens, slopes, dout = make_batch(lengths, 12, head_dim, dtype)
         assert_matches(qkv, dout, cu_seqlens, slopes, position_ids)
     assert_matches(qkv, dout, cu_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_seqlen", [128, 256], ids=["one-block", "two-pass"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_dropout_matches_the_oracle(dtype, max_seqlen):
+    lengths, p, seed = [128, 1, 100], 0.4, seed_of(123)
+    mask = read_mask(lengths, 3, p, seed, "square")
+    qkv, cu_seqlens, slopes, dout = make_batch(lengths, 3, 64, dtype)
+    options = dict(dropout_p=p, seed=seed, max_seqlen=max_seqlen)
+    assert_matches(qkv, dout, cu_seqlens, slopes, mask=mask, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[128] * 40, [2500, 129, 64, 1]], ids=["short", "long"])
+def test_compiled_kernels_repeat_200_times_to_the_bit(lengths):
+    qkv, cu_seqlens, slopes, dout = make_batch(lengths, 12, 64, torch.bfloat16)
+    options = dict(alibi_slopes=slopes, dropout_p=0.1, seed=seed_of(5))
+    first = kernel_of(qkv, dout, cu_seqlens, **options)
+    for _ in range(200):
+        again = kernel_of(qkv, dout, cu_seqlens, **options)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
