@@ -25,6 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import alibi_attention, assert_as_close
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mosaic_bert import flash_attn_triton as module
 from mosaic_bert.flash_attn_triton import build_tile_map, flash_attn_varlen_qkvpacked_func
@@ -493,6 +495,29 @@ def test_trains_under_ddp(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert layer.weight.grad.abs().max() > 0 and layer.weight.grad.isfinite().all()
+
+
+def test_memory_is_linear_in_tokens(monkeypatch):
+    """The published kernel took a bias of (batch, heads, seqlen, seqlen)."""
+    use_tiles(monkeypatch, "square")
+
+    class Allocated(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            self.bytes += sum(x.nbytes for x in tree_leaves(result) if torch.is_tensor(x))
+            return result
+
+    counted = []
+    for length in (64, 256):
+        qkv, cu_seqlens, slopes, dout = make_batch([length], 1, 8)
+        with Allocated() as allocated:
+            kernel_of(qkv, dout, cu_seqlens, alibi_slopes=slopes, position_ids=make_holes([length]))
+        counted.append(allocated.bytes)
+    assert counted[0] > 64 * 3 * 8 * 4
+    # One byte for each score would already add this much.
+    assert counted[1] - 4 * counted[0] < 256**2 - 4 * 64**2
 
 
 def test_loading_the_file_twice_leaves_both_copies_working():
