@@ -63,22 +63,26 @@ def draw_cpu(folder):
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     tasks = {"fill-mask": "fill-mask, forward", "step": "training step"}
+    bars = {}
     for axes, (task, title) in zip(figure.subplots(1, 2, sharey=True), tasks.items(), strict=True):
         cases = sorted({key[1:3] for key in records if key[0] == task})[::-1]
-        settings = [name for name in NAMES if any(key[3] == name for key in records)]
+        settings = [name for name in NAMES if any((task, *x, name) in records for x in cases)]
         for i, name in enumerate(settings):
             found = [
                 (x + 0.8 * i / len(settings), records[(task, *case, name)]["ratio"])
                 for x, case in enumerate(cases)
                 if (task, *case, name) in records
             ]
-            if found:
-                axes.bar(*zip(*found, strict=True), 0.75 / len(settings), label=NAMES[name])
+            color = f"C{[*NAMES].index(name)}"
+            bars[NAMES[name]] = axes.bar(
+                *zip(*found, strict=True), 0.75 / len(settings), color=color
+            )
         axes.axhline(1, color="black", linewidth=0.8)
         labels = [f"{lengths}\n{dtype}" for dtype, lengths in cases]
         axes.set_xticks([x + 0.4 - 0.4 / len(settings) for x in range(len(cases))], labels)
         axes.set_title(f"{title}, 8 × 128")
-    figure.axes[0].set_ylabel("time / MosaicBERT's")
+    figure.axes[0].set_ylabel("time / MosaicBERT's best")
+    figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4)
     finish(figure, folder / "cpu.png")
 
 
