@@ -76,8 +76,8 @@ def read_config(name: str, trust_remote_code: bool = False):
 
 
 def read_tokenizer(args: ClassifierArguments, config):
-    """The model's tokenizer, or the one named. ValueError: there is none, or it has ids that the
-    model does not."""
+    """The model's tokenizer, or the one named. ValueError: there is none, it has ids that the model
+    does not, or it cannot pad."""
     try:
         tokenizer = load_tokenizer(args.tokenizer_name or args.model)
     except ValueError as error:
@@ -86,6 +86,11 @@ def read_tokenizer(args: ClassifierArguments, config):
         raise ValueError(
             f"the tokenizer has ids up to {largest_id(tokenizer)}, {args.model} a vocabulary of "
             f"{config.vocab_size}: give the --tokenizer_name that it was trained with"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {args.tokenizer_name or args.model} has no padding token, which "
+            "rows of several lengths need: give a --tokenizer_name that has one"
         )
     return tokenizer
 

@@ -170,7 +170,9 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args, ours: b
     length = (
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
-    start = hub_id(run.start) or Path(run.start).name
+    start = hub_id(model_args.model) or Path(model_args.model).name
+    if run.settings["start"] == "mnli":
+        start = f"{start}, fine-tuned on MNLI ({Path(run.start).name})"
     facts = {
         "task": f"{task.title}: {', '.join(task.labels) if task.labels else 'a score'}",
         "started from": start,
@@ -241,6 +243,10 @@ def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> l
         settings["rows_per_step"] = own.rows_per_step()
         settings |= {key: getattr(own, key) for key in SETTINGS}
         settings["dropout"] = model_args.dropout()
+        settings["tokenizer_name"] = model_args.tokenizer_name
+        settings["new_classifier"] = model_args.new_classifier
+        settings["columns"] = [*task.columns, data.label_column]
+        settings["labels"] = task.labels and list(task.labels)
         check_settings(finished, name, settings)
         seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
         for seed in seeds:
@@ -269,7 +275,7 @@ def main(argv: list[str]):
     model_args, data, args = parse(argv)
     if not model_args.model:
         raise ValueError("give --model, a folder or a Hub id")
-    if "--seed" in argv:
+    if any(word.split("=")[0] == "--seed" for word in argv):
         raise ValueError("give --seeds, one or more, in place of --seed")
     names = data.names()
     if args.publish_to and len(names) > 1:
@@ -290,7 +296,8 @@ def main(argv: list[str]):
             file.unlink()
         write_json(folder / RESULTS, record | {"tasks": collect(folder)})
     for run in runs:
-        if run.folder in finished:
+        result = finished.get(run.folder)
+        if result and (result["kept"] or not run.keep):
             if main_process:
                 print(f"{run.folder} is finished")
             continue

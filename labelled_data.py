@@ -93,7 +93,7 @@ def load_task(name: str, args: LabelledDataArguments) -> tuple[Task, dict[str, P
     parts = {}
     for split, (where, rows) in read.items():
         check_columns(where, rows, (*task.columns, label_column))
-        check_texts(where, rows, task.columns)
+        check_texts(where, rows, task.columns, blank=name in TASKS)
         values = known_values(where, rows[label_column])
         if name in TASKS and task.labels:
             names = dict(enumerate(task.labels))
@@ -116,8 +116,13 @@ def own_task(task: Task, where: str, rows, args: LabelledDataArguments) -> Task:
             "by --text_columns"
         )
     values = known_values(where, rows[args.label_column])
-    if not isinstance(values[0], (str, int, float)):
-        raise ValueError(f"{where}: the label is {values[0]!r}, expected one name or number a row")
+    kind = str if isinstance(values[0], str) else (int, float)
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{where}, row {number}: the label is {value!r}, expected one name a row, or one "
+                "number, all of a kind"
+            )
     problem = args.problem
     if problem is None:
         problem = "regression" if isinstance(values[0], float) else "classification"
@@ -201,10 +206,11 @@ def check_columns(where: str, rows, columns: tuple[str, ...]):
         )
 
 
-def check_texts(where: str, rows, columns: tuple[str, ...]):
+def check_texts(where: str, rows, columns: tuple[str, ...], blank: bool):
+    """ValueError: something is no text, or is blank and may not be, as some of QQP's questions."""
     for name in columns:
         for number, text in enumerate(rows[name], 1):
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not (blank or text.strip()):
                 raise ValueError(f"{where}, row {number}: {name} is {text!r}, expected text")
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import GOLDENS
@@ -336,6 +337,21 @@ def test_results_of_other_settings_are_not_taken_for_those_asked_for(
     assert (glue.out / "results.json").read_text() == before
 
 
+def test_a_finished_run_counts_only_for_the_same_columns_and_if_its_model_is_kept(
+    golden, tmp_path, capsys
+):
+    own = write_own(tmp_path, [row | {"title": row["text"][::-1]} for row in by_age()])
+    command = {"model": golden, "max_steps": 1, "cpu_threads": 1, "text_columns": "text", **own}
+    finetune.main([*flags(**command), "--seeds", "1", "2"])
+    kept = [own["output_dir"] / "own" / f"seed-{i}" / "model.safetensors" for i in (1, 2)]
+    assert [file.exists() for file in kept] == [True, False]
+    capsys.readouterr()
+    finetune.main([*flags(**command, save_all_seeds=True), "--seeds", "1", "2"])
+    assert kept[1].exists() and capsys.readouterr().out.count(" is finished\n") == 1
+    with pytest.raises(ValueError, match="made with columns .*'text', 'label'.*'title', 'label'"):
+        start(**command | {"text_columns": "title"})
+
+
 # ---- figures ----
 
 
@@ -411,7 +427,13 @@ GOOD = "text,label\na man,x\na woman,y\n"
         ("text,label\na man,x\n", {"problem": "regression"}, r"row 1: the label is 'x'"),
         ("text,label\na man,inf\n", {"problem": "regression"}, r"row 1: the label is inf"),
         ('{"text": null, "label": 1}\n{"text": "a", "label": 0}', {}, r"row 1: text is None"),
+        ("text,label\na man,x\n ,y\n", {}, r"row 2: text is ' ', expected text"),
         ('{"text": "a man", "label": [1, 2]}', {}, r"the label is \[1, 2\], expected one"),
+        (
+            '{"text": "a", "label": "x"}\n{"text": "b", "label": 1}',
+            {},
+            r"row 2: the label is 1, expected one|cannot be read as json",
+        ),
         ('{"text": "a man", "label": null}', {}, r"row 1 of 1: the label is None"),
         ('{"text": "a man", "label": NaN}', {}, r"row 1 of 1: the label is nan"),
         ('{"text": ', {}, r"cannot be read as json"),
@@ -508,6 +530,14 @@ def with_a_small_vocabulary(golden, folder):
     (folder / "vocab.txt").write_text("\n".join(words))
 
 
+def without_padding(golden, folder):
+    without_tokenizer(golden, folder)
+    ids = {"[UNK]": 0, "man": 1, "woman": 2, "child": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+
+
 def without_a_layer(golden, folder):
     weights = load_file(folder / "model.safetensors")
     weights = {name: x for name, x in weights.items() if "layer.1." not in name}
@@ -523,11 +553,12 @@ def in_jinas_layout(golden, folder):
     [
         (without_tokenizer, "(?s)no tokenizer can be loaded from .*--tokenizer_name"),
         (with_a_small_vocabulary, "ids up to 404, .* a vocabulary of 320: give the --tokenizer_"),
+        (without_padding, "has no padding token.*--tokenizer_name"),
         (without_a_layer, r"lacks \d+ weights that its config asks for: bert.encoder.layer.1"),
         (in_jinas_layout, "in Jina's layout: python convert_weights.py"),
         (lambda golden, folder: shutil.rmtree(folder), "no folder of a model and no Hub id"),
     ],
-    ids=["tokenizer", "vocabulary", "layer", "jina", "nothing"],
+    ids=["tokenizer", "vocabulary", "padding", "layer", "jina", "nothing"],
 )
 def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, message):
     shutil.copytree(golden, tmp_path / "model")
