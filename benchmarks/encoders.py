@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 from clocks import DEVICE, TOY
 from records import ROOT
 from transformers import AutoConfig, AutoModelForMaskedLM
@@ -27,8 +26,6 @@ POSITIONS = 65_536
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # What is checked in float32 too, where the tolerance tells more.
 TAKE_FLOAT32 = ("auto", "triton", "sdpa")
-# Else what has been compiled too often goes on uncompiled, and is timed as if it were.
-torch._dynamo.config.fail_on_recompile_limit_hit = True
 if TOY:
     # FlexAttention on a CPU needs a C++ compiler otherwise.
     torch.compiler.set_stance("force_eager")
@@ -152,6 +149,8 @@ class Encoder:
         self.model.train(task == "step")
         self.run = self.model.base_model if task == "embeddings" else self.model
         if self.setting.compiled and not TOY:
+            # Else what was compiled too often would go on uncompiled, and be timed as if it were.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             # Unpadded batches never have the same size again.
             dynamic = True if self.setting.packed else None
             self.run = torch.compile(self.run, dynamic=dynamic)
@@ -190,7 +189,8 @@ class Encoder:
         learned = self.model.config.max_position_embeddings
         if self.setting.model != "bert" or position.max() < learned:
             return {}
-        return {"position_ids": position % learned}
+        # transformers before 5 has no more token types than positions by itself.
+        return {"position_ids": position % learned, "token_type_ids": torch.zeros_like(position)}
 
     def packed(self, rows: Rows, labels: bool) -> dict:
         """All rows without their padding, and what keeps them apart."""

@@ -120,6 +120,17 @@ def test_an_error_without_a_message_has_a_name():
     assert compare.why(AssertionError()) == "AssertionError: "
 
 
+def failing(error):
+    raise error
+
+
+@pytest.mark.parametrize("failure", compare.FAILURES)
+def test_what_a_setting_cannot_do_is_skipped(failure):
+    error = failure.__new__(failure)
+    encoder = SimpleNamespace(function=lambda rows: lambda: failing(error))
+    assert compare.warm(encoder, None) == (None, {"skipped": f"{failure.__name__}: "})
+
+
 def test_bert_repeats_its_positions_in_longer_rows():
     run_python(
         TOYS
