@@ -3,7 +3,7 @@
 # make demo       creates the environment, pre-trains a small model (about 5 minutes on two cores)
 #                 and lets it fill masks
 # make lint       ruff
-# make bench-cpu  every benchmark that a CPU can run, about 40 minutes on two cores
+# make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
 #                 ONLY="attention pretraining" chooses, the plots are drawn from all records
 # TRANSFORMERS=4.57.6 or 5.0.0 chooses another supported version, in an environment of its own.

@@ -21,6 +21,7 @@ that cannot run are rows that say why.
 """
 
 import argparse
+from pathlib import Path
 
 import common  # noqa: F401, before the kernels: with --toy it chooses the interpreter
 import torch
@@ -108,7 +109,7 @@ def rows_of(provider, shape, rates, deadline):
         except AssertionError as err:
             reason = f"wrong: {err}"
         except (ImportError, NotImplementedError, RuntimeError) as err:
-            reason = f"{type(err).__name__}: {str(err).splitlines()[0]}"
+            reason = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
     if reason is not None:
         yield {"skipped": reason}
 
@@ -146,9 +147,10 @@ def main():
             for provider in args.providers:
                 facts = {
                     "provider": provider, "bias": provider not in WITHOUT_BIAS,
-                    "inputs": args.qkv or "N(0, 1)", "lengths": lengths, "seqlen": seqlen,
-                    "batch": len(drawn), "tokens": sum(drawn), "heads": args.heads,
-                    "head_dim": args.head_dim, "dtype": args.dtype,
+                    "inputs": Path(args.qkv).name if args.qkv else "N(0, 1)",
+                    "lengths": lengths, "seqlen": seqlen, "batch": len(drawn),
+                    "tokens": sum(drawn), "heads": args.heads, "head_dim": args.head_dim,
+                    "dtype": args.dtype,
                 } | rates  # fmt: skip
                 for figures in rows_of(provider, shape, rates, deadline):
                     record(facts | figures)

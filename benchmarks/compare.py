@@ -6,11 +6,26 @@ import gc
 import torch
 from clocks import DEVICE, first_call, interleaved, peak_bytes
 from encoders import SETTINGS, Encoder, make_rows
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+try:
+    from triton.errors import TritonError
+except ImportError:
+    TritonError = RuntimeError
 
 OURS = ("mosaic", "mosaic-compiled")
+# With which a setting says that it is wrong or not to be had here.
+FAILURES = (
+    AssertionError, ImportError, RuntimeError, ValueError, FailOnRecompileLimitHit, TritonError
+)  # fmt: skip
 
 
-def build(names, dtype, longest, task, make=Encoder):
+def why(err):
+    """An exception's name and the first line of its message."""
+    return f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
+
+
+def build(names, dtype, task, make=Encoder):
     """dict: name to the Encoder, or to why there is none. Outside training dropout makes no
     difference, and the setting without it is left out."""
     built = {}
@@ -18,9 +33,9 @@ def build(names, dtype, longest, task, make=Encoder):
         if name == "bert-no-dropout" and task != "step":
             continue
         try:
-            built[name] = make(name, dtype, longest, task)
-        except (AssertionError, ImportError, RuntimeError, ValueError) as err:
-            built[name] = f"{type(err).__name__}: {str(err).splitlines()[0]}"
+            built[name] = make(name, dtype, task)
+        except FAILURES as err:
+            built[name] = why(err)
     return built
 
 
@@ -33,9 +48,9 @@ def warm(encoder, rows):
             return None, {"skipped": "its result is not finite"}
         # A compiler is called more than once before it has what it wants.
         figures = {"first_ms": first_ms, "peak_bytes": peak_bytes(function)}
-    except (ImportError, RuntimeError, ValueError) as err:
+    except FAILURES as err:
         torch.cuda.empty_cache()
-        return None, {"skipped": f"{type(err).__name__}: {str(err).splitlines()[0]}"}
+        return None, {"skipped": why(err)}
     return function, figures
 
 
@@ -54,6 +69,9 @@ def measure(encoders, lengths, facts, rounds, seconds, deadline):
     """
     rows, functions, known = make_rows(lengths), {}, {}
     facts = facts | {"rows": len(lengths), "tokens": sum(lengths)}
+    # Every batch is compiled for its own sizes; and torch counts compilations by code, which
+    # transformers' models share.
+    torch.compiler.reset()
     for name, encoder in encoders.items():
         if reason := encoder if isinstance(encoder, str) else deadline.reason():
             known[name] = {"skipped": reason}
@@ -76,7 +94,8 @@ def measure(encoders, lengths, facts, rounds, seconds, deadline):
 
 
 def free():
-    """Gives back the memory of encoders that nothing refers to any more."""
+    """Gives back the memory of encoders that nothing refers to any more, and of compiled code."""
+    torch.compiler.reset()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 from clocks import DEVICE, TOY, Deadline, ceilings, record_file
 from compare import build, free, measure
-from encoders import SETTINGS, Encoder, make_rows, mean
+from encoders import SETTINGS, Encoder, Setting, make_rows, mean
 from lengths import HALF_PADDING, c4_lengths
 from records import print_table, recorder
 
 ON_GPU = ["mosaic", "mosaic-compiled", "bert", "bert-compiled", "modernbert", "modernbert-compiled"]
 ON_CPU = ["mosaic", "bert", "modernbert", "onnxruntime"]
+SETTINGS["onnxruntime"] = Setting("mosaic", "eager")
 COLUMNS = {
     "task": "", "dtype": "", "batch": "", "setting": "", "ms": ".1f", "tokens_per_s": ",.0f",
     "mfu": ".1%", "ratio": ".2f", "peak_bytes": ",",
@@ -39,12 +40,12 @@ COLUMNS = {
 class Exported(Encoder):
     """Our encoder as ONNX Runtime runs it: padding stays, masked, with a dense bias."""
 
-    def __init__(self, name, dtype, longest, task):
+    def __init__(self, name, dtype, task):
         if (task, dtype, DEVICE) != ("embeddings", torch.float32, "cpu"):
             raise ValueError("exported for embeddings in float32 on a CPU only")
         import onnxruntime
 
-        super().__init__(name, dtype, longest, task)
+        super().__init__(name, dtype, task)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +132,7 @@ def main():
         dtype = getattr(torch, name)
         rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
         for task in args.tasks:
-            encoders = build(args.settings, dtype, 2048, task, make)
+            encoders = build(args.settings, dtype, task, make)
             for batch, lengths in batches(task):
                 facts = {"task": task, "dtype": name, "batch": batch} | rates
                 for row in measure(encoders, lengths, facts, args.rounds, args.seconds, deadline):

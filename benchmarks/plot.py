@@ -27,15 +27,15 @@ PROVIDERS = {
 }  # fmt: skip
 
 
-def newest(folder, name, *keys):
-    """dict: values of these keys to the last record that has them and a time."""
+def newest(folder, name, value, *keys):
+    """dict: values of these keys, and "CPU" or "GPU", to the last record that has `value`."""
     file = Path(folder, f"{name}.jsonl")
     lines = file.read_text().splitlines() if file.exists() else []
     records = (json.loads(line) for line in lines)
     return {
         (*(record.get(key) for key in keys), "CPU" if is_cpu(record) else "GPU"): record
         for record in records
-        if "ms" in record
+        if value in record
     }
 
 
@@ -56,8 +56,8 @@ def finish(figure, path):
 
 def draw_cpu(folder):
     """Bars of time over ours, for each task, dtype and batch."""
-    records = newest(folder, "pretraining", "task", "dtype", "lengths", "setting")
-    records = {key[:-1]: x for key, x in records.items() if key[-1] == "CPU" and "ratio" in x}
+    records = newest(folder, "pretraining", "ratio", "task", "dtype", "lengths", "setting")
+    records = {key[:-1]: x for key, x in records.items() if key[-1] == "CPU"}
     if not records:
         print("no CPU record in pretraining.jsonl: make bench-cpu ONLY=pretraining")
         return
@@ -87,10 +87,11 @@ def draw_cpu(folder):
 
 
 def draw_gpu(folder):
-    """Ratios of a step, and attention's time, against the length of rows."""
-    keys = ("task", "lengths", "setting", "seqlen")
-    steps = newest(folder, "pretraining", *keys)
-    attention = newest(folder, "attention", "pass", "lengths", "inputs", "provider", "seqlen")
+    """Ratios of a step, and attention's time, against the length of rows, in bfloat16."""
+    keys = ("dtype", "task", "lengths", "setting", "seqlen")
+    steps = newest(folder, "pretraining", "ratio", *keys)
+    keys = ("dtype", "pass", "lengths", "inputs", "provider", "seqlen")
+    attention = newest(folder, "attention", "ms", *keys)
     panels = (
         [
             ("step", "c4", name, title, steps, "ratio", "time of a step / MosaicBERT's, C4 lengths")
@@ -108,7 +109,7 @@ def draw_gpu(folder):
             points = sorted(
                 (key[-2], x[value])
                 for key, x in records.items()
-                if [*key[:-2]] == case and key[-1] == "GPU" and value in x
+                if [*key[:-2]] == ["bfloat16", *case] and key[-1] == "GPU"
             )
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=title)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast does MosaicBERT-Base pre-train, beside BERT-Base and ModernBERT-Base?
 
-Method: encoders.py builds each setting with random weights; before any clock starts, its loss and
-gradients must be those of its weights in float32 with padding. A step is masked-LM forward,
-backward and fused AdamW, 30 % of the words labelled, over the same random rows for all: full ones,
-or of C4's lengths (lengths.py), about --tokens of them without padding. Settings that pad do it to
-the longest row of a micro-batch of at most 65,536 positions. Batches lie on the device. "fill-mask"
-is inference: logits of all tokens, weights in the dtype. Settings are timed in turn, medians with
-20 and 80 % quantiles; on a GPU, of 3 steps without waiting in between. MFU is the FLOP formula of
+Method: encoders.py builds each setting with random weights; before it is compiled and any clock
+starts, its loss and gradients must be those of its weights in float32 with padding. A step is
+masked-LM forward, backward and fused AdamW, 30 % of the words labelled, over the same random rows
+for all: full ones, or of C4's lengths (lengths.py), about --tokens of them without padding; BERT's
+512 positions are used over and over. Settings that pad do it to the longest row of a micro-batch of
+at most 65,536 positions. Batches lie on the device, and each is compiled for. "fill-mask" is
+inference: logits of all tokens, weights in the dtype. Settings are timed in turn, medians with 20
+and 80 % quantiles; on a GPU, of 3 steps without waiting in between. MFU is the FLOP formula of
 train_callbacks.Throughput over time and the matmul rate measured in the same run.
 
     python benchmarks/pretraining.py                     # a GPU; or a CPU: 8 x 128, see --help
@@ -96,7 +97,7 @@ def main():
         dtype = getattr(torch, name)
         rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
         for task in args.tasks:
-            encoders = build(args.settings, dtype, max(args.seqlens), task)
+            encoders = build(args.settings, dtype, task)
             for lengths, seqlen, drawn in batches(args):
                 facts = {"task": task, "dtype": name, "lengths": lengths, "seqlen": seqlen} | rates
                 for row in measure(encoders, drawn, facts, args.rounds, 60, deadline):

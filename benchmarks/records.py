@@ -16,8 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(*packages: str) -> dict[str, str | None]:
-    """Command, device, versions of Python, torch, transformers and these packages, the commit of
-    the working tree, and the time (UTC)."""
+    """Command, device, versions of Python, torch, transformers and these packages, None for
+    what is absent, the commit of the working tree, and the time (UTC)."""
     # Not before: scripts set threads before torch is loaded.
     import torch
 
@@ -28,10 +28,18 @@ def environment(*packages: str) -> dict[str, str | None]:
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)},
+        **{name: version(name) for name in ("torch", "transformers", *packages)},
         "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

@@ -13,11 +13,13 @@ from conftest import ROOT, run_python
 
 sys.path.append(str(ROOT / "benchmarks"))
 import clocks  # noqa: E402
+import compare  # noqa: E402
 import encoders  # noqa: E402
 import plot  # noqa: E402
 import pretraining  # noqa: E402
 import profile_step  # noqa: E402
 from lengths import HALF_PADDING, c4_lengths  # noqa: E402
+from records import version  # noqa: E402
 
 # Toy models are to be had in a process of its own, which reads --toy when it begins.
 TOYS = f"""
@@ -88,6 +90,78 @@ def test_plots_without_records_say_what_is_missing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_newest_records_are_drawn(tmp_path):
+    steps = [
+        {"task": task, "lengths": lengths, "seqlen": 128, "setting": "bert", "ms": 2.0} | rest
+        for task, lengths in [("step", "c4"), ("fill-mask", "full"), ("step", "full")]
+        for rest in (
+            {"device": "Chip, 2 cores", "dtype": "float32", "ratio": 1.5},
+            {"device": "Chip", "dtype": "bfloat16", "ratio": 1.5},
+            # Newer ones, of a run without ours and of another dtype.
+            {"device": "Chip", "dtype": "bfloat16"},
+            {"device": "Chip", "dtype": "float32", "ratio": 9.0},
+        )
+    ]
+    keys = ("dtype", "task", "lengths", "setting", "seqlen")
+    (tmp_path / "pretraining.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    found = plot.newest(tmp_path, "pretraining", "ratio", *keys)
+    assert found["bfloat16", "step", "c4", "bert", 128, "GPU"]["ratio"] == 1.5
+    plot.draw_cpu(tmp_path)
+    plot.draw_gpu(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"cpu.png", "gpu.png"}
+
+
+def test_absent_packages_have_no_version():
+    assert version("pytest") == pytest.__version__
+    assert version("no-such-package") is None
+
+
+def test_an_error_without_a_message_has_a_name():
+    assert compare.why(AssertionError()) == "AssertionError: "
+
+
+def failing(error):
+    raise error
+
+
+@pytest.mark.parametrize("failure", compare.FAILURES)
+def test_what_a_setting_cannot_do_is_skipped(failure):
+    error = failure.__new__(failure)
+    encoder = SimpleNamespace(function=lambda rows: lambda: failing(error))
+    assert compare.warm(encoder, None) == (None, {"skipped": f"{failure.__name__}: "})
+
+
+def test_bert_repeats_its_positions_in_longer_rows():
+    run_python(
+        TOYS
+        + """
+rows = make_rows([600, 3])
+encoder = Encoder("bert", torch.float32, "step")
+assert encoder.model.config.max_position_embeddings == 512
+[batch] = encoder.inputs(rows, labels=True)
+assert batch["position_ids"].flatten().tolist() == [*range(512), *range(88)]
+assert encoder.function(rows)().isfinite()
+"""
+    )
+
+
+def test_micro_batches_are_a_step_like_any_other():
+    run_python(
+        TOYS
+        + """
+rows = make_rows([40, 40, 3, 17])
+losses = []
+for positions in (80, 160):
+    encoder = Encoder("bert-no-dropout", torch.float32, "step")
+    encoder.model.eval()
+    encoder.positions = positions
+    losses.append(encoder.function(rows)())
+assert len(encoder.inputs(rows, labels=True)) == 1
+torch.testing.assert_close(*losses)
+"""
+    )
+
+
 def test_model_flop_are_those_that_torch_counts():
     run_python(
         TOYS
@@ -95,9 +169,9 @@ def test_model_flop_are_those_that_torch_counts():
 from torch.utils.flop_counter import FlopCounterMode
 for name in ("mosaic", "bert", "modernbert"):
     SETTINGS["eager"] = Setting(name, "eager")
-    encoder = Encoder("eager", torch.float32, 32, "fill-mask")
+    encoder = Encoder("eager", torch.float32, "fill-mask")
     # Full rows, as torch counts padding too, and shorter than ModernBERT's window.
-    rows = make_rows([32] * 3)
+    rows = make_rows([8] * 12)
     with FlopCounterMode(display=False) as counter:
         encoder.function(rows)()
     # ModernBERT's rotations were small products before transformers 5.1.
@@ -117,7 +191,7 @@ def test_settings_that_pack_give_the_logits_of_those_that_pad():
 rows = make_rows([30, 3, 17])
 for name in ("bert", "modernbert"):
     packed, padded = (
-        Encoder(x, torch.float32, 32, "fill-mask").function(rows)() for x in (f"{name}-flex", name)
+        Encoder(x, torch.float32, "fill-mask").function(rows)() for x in (f"{name}-flex", name)
     )
     torch.testing.assert_close(packed[0], padded[rows.mask.bool()])
 """
@@ -128,7 +202,7 @@ def test_the_check_finds_a_mask_left_out():
     run_python(
         TOYS
         + """
-encoder = Encoder("bert", torch.float32, 32, "step")
+encoder = Encoder("bert", torch.float32, "step")
 inputs = encoder.inputs
 
 def without_mask(rows, labels):
