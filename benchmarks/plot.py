@@ -3,9 +3,10 @@
 
     python benchmarks/plot.py
 
-results/cpu.png: BERT's and ModernBERT's time over ours on a CPU, forward and training step.
-results/gpu.png: the same for training steps on a GPU against the length of rows, and attention's
-time against it. Of each case the newest record counts. Prints what was drawn and what is missing.
+results/cpu_pretraining.png: BERT's and ModernBERT's time over ours on a CPU, forward and training
+step; results/cpu_inference.png: the same for embeddings. results/gpu.png: the same for training
+steps on a GPU against the length of rows, and attention's time against it. Of each case the newest
+record counts. Prints what was drawn and what is missing.
 """
 
 import argparse
@@ -20,7 +21,16 @@ NAMES = {
     "bert-compiled": "BERT, compiled", "bert-flex": "BERT, FlexAttention, unpadded, compiled",
     "modernbert": "ModernBERT", "modernbert-compiled": "ModernBERT, compiled",
     "modernbert-flex": "ModernBERT, FlexAttention, unpadded, compiled",
+    "onnxruntime": "MosaicBERT in ONNX Runtime",
 }  # fmt: skip
+# The arguments of draw_cpu by the records' file.
+ON_CPU = {
+    "pretraining": {
+        "batch": "lengths",
+        "tasks": {"fill-mask": "fill-mask, forward, 8 × 128", "step": "training step, 8 × 128"},
+    },
+    "inference": {"batch": "batch", "tasks": {"embeddings": "embeddings"}},
+}
 PROVIDERS = {
     "ours": "ours", "ours-all-tiles": "ours, no tile skipped", "flex": "FlexAttention, ALiBi",
     "varlen_attn": "FlashAttention 2, no bias", "sdpa": "SDPA, dense bias",
@@ -44,6 +54,11 @@ def is_cpu(record):
     return record["device"].endswith("cores")
 
 
+def is_half(case):
+    dtype, _ = case
+    return dtype != "float32"
+
+
 def finish(figure, path):
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -54,36 +69,43 @@ def finish(figure, path):
     print(f"drew {path}")
 
 
-def draw_cpu(folder):
-    """Bars of time over ours, for each task, dtype and batch."""
-    records = newest(folder, "pretraining", "ratio", "task", "dtype", "lengths", "setting")
-    records = {key[:-1]: x for key, x in records.items() if key[-1] == "CPU"}
+def draw_cpu(folder, name, batch, tasks):
+    """Bars of time over ours from {name}.jsonl.
+
+    Args:
+        batch: the key that tells batches apart.
+        tasks: a panel's title by its task.
+    """
+    records = newest(folder, name, "ratio", "task", "dtype", batch, "setting")
+    records = {key[:-1]: x for key, x in records.items() if key[-1] == "CPU" and key[3] in NAMES}
     if not records:
-        print("no CPU record in pretraining.jsonl: make bench-cpu ONLY=pretraining")
+        print(f"no CPU record in {name}.jsonl: make bench-cpu ONLY={name}")
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    tasks = {"fill-mask": "fill-mask, forward", "step": "training step"}
     bars = {}
-    for axes, (task, title) in zip(figure.subplots(1, 2, sharey=True), tasks.items(), strict=True):
-        cases = sorted({key[1:3] for key in records if key[0] == task})[::-1]
-        settings = [name for name in NAMES if any((task, *x, name) in records for x in cases)]
-        for i, name in enumerate(settings):
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, (task, title) in zip(panels, tasks.items(), strict=True):
+        # In the order of the records, float32 first.
+        cases = sorted(dict.fromkeys(key[1:3] for key in records if key[0] == task), key=is_half)
+        settings = [x for x in NAMES if any((task, *case, x) in records for case in cases)]
+        for i, setting in enumerate(settings):
             found = [
-                (x + 0.8 * i / len(settings), records[(task, *case, name)]["ratio"])
+                (x + 0.8 * i / len(settings), records[(task, *case, setting)]["ratio"])
                 for x, case in enumerate(cases)
-                if (task, *case, name) in records
+                if (task, *case, setting) in records
             ]
-            color = f"C{[*NAMES].index(name)}"
-            bars[NAMES[name]] = axes.bar(
+            color = f"C{[*NAMES].index(setting)}"
+            bars[NAMES[setting]] = axes.bar(
                 *zip(*found, strict=True), 0.75 / len(settings), color=color
             )
         axes.axhline(1, color="black", linewidth=0.8)
-        labels = [f"{lengths}\n{dtype}" for dtype, lengths in cases]
-        axes.set_xticks([x + 0.4 - 0.4 / len(settings) for x in range(len(cases))], labels)
-        axes.set_title(f"{title}, 8 × 128")
+        labels = [f"{rows.replace(', ', ',' + chr(10))}\n{dtype}" for dtype, rows in cases]
+        ticks = [x + 0.4 - 0.4 / len(settings) for x in range(len(cases))]
+        axes.set_xticks(ticks, labels, fontsize="small")
+        axes.set_title(title)
     figure.axes[0].set_ylabel("time / MosaicBERT's best")
     figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4)
-    finish(figure, folder / "cpu.png")
+    finish(figure, folder / f"cpu_{name}.png")
 
 
 def draw_gpu(folder):
@@ -132,7 +154,8 @@ def main():
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    draw_cpu(args.results)
+    for name, values in ON_CPU.items():
+        draw_cpu(args.results, name, **values)
     draw_gpu(args.results)
 
 

@@ -93,13 +93,23 @@ def run_python(code, *args, **environment):
     return done.stdout
 
 
-@pytest.fixture(autouse=True)
-def own_environment():
+def restore_environment():
     """transformers 4.57 leaves a run's precision in the environment, for all that come after it."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_a_module():
+    """For what a module's fixtures run before its first test begins."""
+    yield from restore_environment()
+
+
+@pytest.fixture(autouse=True)
+def environment_of_a_test():
+    yield from restore_environment()
 
 
 @pytest.fixture(scope="session")

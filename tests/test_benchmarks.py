@@ -83,7 +83,7 @@ def test_a_kernel_belongs_to_the_part_it_is_named_after(name, part):
 
 
 def test_plots_without_records_say_what_is_missing(tmp_path, capsys):
-    plot.draw_cpu(tmp_path)
+    plot.draw_cpu(tmp_path, "inference", **plot.ON_CPU["inference"])
     plot.draw_gpu(tmp_path)
     said = capsys.readouterr().out
     assert "make bench-cpu" in said and "make bench-gpu" in said
@@ -106,9 +106,9 @@ def test_the_newest_records_are_drawn(tmp_path):
     (tmp_path / "pretraining.jsonl").write_text("\n".join(map(json.dumps, steps)))
     found = plot.newest(tmp_path, "pretraining", "ratio", *keys)
     assert found["bfloat16", "step", "c4", "bert", 128, "GPU"]["ratio"] == 1.5
-    plot.draw_cpu(tmp_path)
+    plot.draw_cpu(tmp_path, "pretraining", **plot.ON_CPU["pretraining"])
     plot.draw_gpu(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"cpu.png", "gpu.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"cpu_pretraining.png", "gpu.png"}
 
 
 def test_absent_packages_have_no_version():
