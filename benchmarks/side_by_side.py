@@ -11,35 +11,49 @@ import torch
 from records import ROOT
 
 
-def train(recipes: dict[str, dict], folder: Path):
-    """Trains a model by each recipe into folder/name, which must be new.
+def at_a_time() -> int:
+    """How many runs are side by side: one on a GPU, on a CPU as many as there are cores."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
-    On a CPU all at the same time, each pinned to a core of its own, so that what disturbs one
-    disturbs the others; on a GPU one after the other.
+
+def run(commands: dict[str, list]):
+    """Runs `python *words` for each, `at_a_time`.
+
+    On a CPU each is pinned to a core of its own, so that what disturbs one disturbs the others.
     """
-    waiting = list(recipes)
     gpu = torch.cuda.is_available()
     cores = sorted(os.sched_getaffinity(0))
-    if not gpu and len(cores) < len(waiting):
-        raise SystemExit(f"{len(waiting)} runs side by side need as many cores, there are {cores}")
-    for group in [[name] for name in waiting] if gpu else [waiting]:
+    waiting = list(commands)
+    for i in range(0, len(waiting), at_a_time()):
         running = []
-        for core, name in zip(cores, group, strict=False):
-            words = [sys.executable, str(ROOT / "train_mlm.py"), "--output_dir", str(folder / name)]
-            words += ["--disable_tqdm", "true"]
-            words += [] if gpu else ["--cpu_threads", "1"]
-            words += [str(x) for key, value in recipes[name].items() for x in (f"--{key}", value)]
+        for core, name in zip(cores, waiting[i : i + at_a_time()], strict=False):
+            words = [sys.executable, *(str(word) for word in commands[name])]
             pin = None if gpu else (lambda core=core: os.sched_setaffinity(0, {core}))
             environment = os.environ | ({} if gpu else {"OMP_NUM_THREADS": "1"})
             running.append((name, subprocess.Popen(words, preexec_fn=pin, env=environment)))
-        if failed := [name for name, process in running if process.wait()]:
-            raise SystemExit(f"training failed: {', '.join(failed)}")
+        if failed := [str(name) for name, process in running if process.wait()]:
+            raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def words_of(flags: dict) -> list:
+    """Flags as words of a command."""
+    return [word for key, value in flags.items() for word in (f"--{key}", value)]
+
+
+def train(recipes: dict[str, dict], folder: Path):
+    """Trains a model by each recipe, flags of train_mlm.py, into folder/name, which must be new."""
+    if not torch.cuda.is_available() and len(recipes) > at_a_time():
+        raise SystemExit(f"{len(recipes)} runs side by side need as many cores")
+    fixed = {"disable_tqdm": "true", "cpu_threads": 1}
+    flags = {name: {"output_dir": folder / name} | fixed | x for name, x in recipes.items()}
+    run({name: [ROOT / "train_mlm.py", *words_of(x)] for name, x in flags.items()})
 
 
 def curve(folder: Path, rows_per_step: int) -> list[dict]:
     """Held-out loss and accuracy of a run against steps, non-padding tokens and seconds of training
-    (evaluation not counted), summed up from the rates in its log."""
-    tokens = seconds = step = 0
+    (evaluation not counted), summed up from the rates in its log; and against model FLOP where it
+    was trained with --peak_tflops 1."""
+    tokens = seconds = flop = step = 0
     points = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -48,6 +62,7 @@ def curve(folder: Path, rows_per_step: int) -> list[dict]:
             step = entry["step"]
             seconds += passed
             tokens += entry["tokens_per_second"] * passed
+            flop += 1e12 * entry.get("mfu", 0) * passed
         elif "eval_masked_accuracy" in entry:
             points.append(
                 {
@@ -57,6 +72,7 @@ def curve(folder: Path, rows_per_step: int) -> list[dict]:
                     "eval_loss": entry["eval_loss"],
                     "eval_masked_accuracy": entry["eval_masked_accuracy"],
                 }
+                | ({"flop": flop} if flop else {})
             )
     # The evaluation after training repeats the last one.
     return [p for i, p in enumerate(points) if i == 0 or p["step"] > points[i - 1]["step"]]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MosaicBERT with one of its components replaced by BERT's, to train and to fine-tune.
+
+    python benchmarks/ablations.py no_glu train_mlm.py --output_dir runs/no-glu ...
+    python benchmarks/ablations.py no_glu finetune.py --model runs/no-glu ...
+
+runs the script as it is, on a model whose parts are swapped before it is built, so that the model's
+files need no switch. Only this script reads such a folder rightly: its code is MosaicBERT's. A name
+that is not in SWAPS swaps nothing.
+"""
+
+import contextlib
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+import mlm_batches  # noqa: E402
+
+
+def no_glu(layers) -> dict:
+    """BERT's MLP, half as wide again, so that it has as many weights and FLOP. Its place of dropout
+    and its missing bias stay the gated one's."""
+
+    class Mlp(layers.BertGatedLinearUnitMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            inter = 3 * config.intermediate_size // 2
+            self.gated_layers = nn.Linear(config.hidden_size, inter, bias=False)
+            self.wo = nn.Linear(inter, config.hidden_size)
+
+        def forward(self, hidden_states):
+            inner = self.dropout(self.act(self.gated_layers(hidden_states)))  # (total, inter)
+            return self.layernorm(self.wo(inner) + hidden_states)
+
+    return {"BertGatedLinearUnitMLP": Mlp}
+
+
+def learned_positions(layers) -> dict:
+    """BERT's position embeddings, added before the embeddings' LayerNorm; ALiBi's slopes are 0.
+
+    They are in the encoder, the first that knows where sequences begin.
+    """
+
+    class Embeddings(layers.BertEmbeddings):
+        def __init__(self, config):
+            super().__init__(config)
+            self.LayerNorm = self.dropout = nn.Identity()
+
+    class Encoder(layers.BertEncoder):
+        def __init__(self, config):
+            super().__init__(config)
+            dim = config.hidden_size
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, dim)
+            self.LayerNorm = layers.LayerNorm(
+                dim, config.layer_norm_eps, config.low_precision_layernorm
+            )
+            self.dropout = layers.Dropout(config.hidden_dropout_prob)
+
+        def forward(self, hidden_states, batch, *asked):
+            total, bounds = len(hidden_states), batch.cu_seqlens.long()
+            first = bounds[:-1].repeat_interleave(bounds.diff(), output_size=total)
+            place = torch.arange(total, device=first.device) - first
+            hidden_states = hidden_states + self.position_embeddings(place)
+            return super().forward(self.dropout(self.LayerNorm(hidden_states)), batch, *asked)
+
+    zeros = lambda heads: [0.0] * heads  # noqa: E731
+    return {"BertEmbeddings": Embeddings, "BertEncoder": Encoder, "alibi_slopes": zeros}
+
+
+def padding_kept(layers) -> dict:
+    """Padding at the end of a row goes through all layers, as a sequence of its own: real tokens
+    see what they would see without it, and an attention over it costs less than a masked one."""
+
+    def pack_batch(tokens, attention_mask=None, position_ids=None, labels=None):
+        if attention_mask is not None:
+            length = attention_mask.sum(1, keepdim=True)  # (batch, 1)
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            position_ids = torch.where(place < length, place, place - length)
+        return pack(tokens, None, position_ids, labels)
+
+    pack = layers.pack_batch
+    return {"pack_batch": pack_batch}
+
+
+SWAPS = {f.__name__: f for f in (no_glu, learned_positions, padding_kept)}
+
+
+def model_module():
+    """The module that the scripts build the model from."""
+    return sys.modules[
+        get_class_from_dynamic_module("bert_layers.BertForMaskedLM", str(ROOT)).__module__
+    ]
+
+
+def run(name: str, script: str, flags: list[str]):
+    """Runs the script on the ablation of that name."""
+    with contextlib.ExitStack() as swapped:
+        layers, collator = model_module(), mlm_batches.MaskingCollator
+        for part, replacement in SWAPS[name](layers).items() if name in SWAPS else ():
+            swapped.enter_context(mock.patch.object(layers, part, replacement))
+        if name == "padding_kept":
+            # It would leave the padding out before the model sees it.
+            kept = lambda *args, unpads=False: collator(*args)  # noqa: E731
+            swapped.enter_context(mock.patch.object(mlm_batches, "MaskingCollator", kept))
+        swapped.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:3], sys.argv[3:])

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ablations change what they name, and pareto.py runs, skips what is done, and claims only what
+seeds bear out."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from training import DOCUMENTS, SIZES, flags
+
+from mosaic_bert import bert_layers
+from mosaic_bert.configuration_bert import MosaicBertConfig
+
+sys.path.append(str(ROOT / "benchmarks"))
+import ablations  # noqa: E402
+import pareto  # noqa: E402
+import pareto_results  # noqa: E402
+
+# A row of 9 tokens, one of 5 with padding.
+IDS = torch.tensor([[2, 9, 8, 7, 6, 5, 12, 11, 3], [2, 13, 14, 15, 3, 0, 0, 0, 0]])
+MASK = (IDS != 0).long()
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """A tiny MosaicBERT with fixed weights, after an ablation or none."""
+
+    def build(name=None):
+        if name:
+            for part, replacement in ablations.SWAPS[name](bert_layers).items():
+                monkeypatch.setattr(bert_layers, part, replacement)
+        torch.manual_seed(0)
+        config = MosaicBertConfig(**SIZES, max_position_embeddings=16, initializer_range=0.3)
+        return bert_layers.BertForMaskedLM(config).eval()
+
+    return build
+
+
+def assert_same(found, expected):
+    """Equal but for the order of float32 sums of some 64 terms."""
+    most = 64 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=most)
+
+
+def weights(model) -> int:
+    return sum(x.numel() for x in model.parameters() if x.dim() == 2)
+
+
+@torch.inference_mode()
+def test_without_glu_the_mlp_is_berts_with_as_many_weights(build):
+    stock, model = build(), build("no_glu")
+    assert weights(model) == weights(stock)
+    mlp, x = model.bert.encoder.layer[0].mlp, torch.randn(5, SIZES["hidden_size"])
+    inner = torch.nn.functional.gelu(x @ mlp.gated_layers.weight.T)
+    expected = mlp.layernorm(inner @ mlp.wo.weight.T + mlp.wo.bias + x)
+    assert_same(mlp(x), expected)
+
+
+@torch.inference_mode()
+def test_learned_positions_are_all_that_tells_the_order_of_tokens(build):
+    model = build("learned_positions")
+    order = torch.tensor([0, 3, 1, 2, 4, 5, 6, 7, 8])
+    table = model.bert.encoder.position_embeddings.weight
+    assert not torch.allclose(model(IDS[:1, order]).logits, model(IDS[:1]).logits[:, order])
+    table.copy_(table[:1].expand_as(table))
+    assert_same(model(IDS[:1, order]).logits, model(IDS[:1]).logits[:, order])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ablations.SWAPS)
+def test_padding_does_not_change_what_an_ablation_makes_of_tokens(build, name):
+    model = build(name)
+    alone = model(IDS[1:, :5]).logits[0]
+    assert_same(model(IDS, MASK).logits[1, :5], alone)
+
+
+@torch.inference_mode()
+def test_kept_padding_goes_through_the_layers_and_changes_no_token(build):
+    stock = build()(IDS, MASK).logits
+    model, seen = build("padding_kept"), []
+    model.bert.encoder.layer[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    assert_same(model(IDS, MASK).logits[MASK == 1], stock[MASK == 1])
+    assert len(seen[0]) == IDS.numel()
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, expected",
+    [
+        ([5.0, 5.1, 5.2], [4.5, 4.6, 4.7], "worse"),
+        ([4.5, 4.6, 4.7], [5.0, 5.1, 5.2], "better"),
+        # Means are 0.2 apart, and so are theirs among themselves.
+        ([5.0, 5.1, 5.2], [4.9, 4.9, 4.9], "same"),
+        ([5.0], [4.0], None),
+    ],
+)
+def test_a_difference_is_claimed_beyond_the_spread_over_seeds(theirs, ours, expected):
+    assert pareto_results.claim(theirs, ours, lower_is_better=True) == expected
+    swap = {"worse": "better", "better": "worse"}
+    assert pareto_results.claim(theirs, ours) == swap.get(expected, expected)
+
+
+def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
+    for name, length in (("short", 128), ("long", 512)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepared.json").write_text(json.dumps({"max_seq_length": length}))
+    args = SimpleNamespace(
+        prepared_data=tmp_path / "short",
+        prepared_long=tmp_path / "long",
+        hidden_size=128,
+        layers=2,
+        bert_mlp=6,
+        rows=32,
+        rates=pareto.RATES,
+    )
+    found = {name: pareto.recipe(args, name, 1) for name in pareto.MODELS}
+    places = {x["max_seq_length"] * x["global_batch_size"] for x in found.values()}
+    assert places == {32 * 128}
+    assert found["bert_old"]["mlm_probability"] == found["masking_15"]["mlm_probability"] == 0.15
+    assert {found[name]["learning_rate"] for name in pareto.ABLATIONS} == {2e-3}
+
+
+def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
+    # Rows of 12 tokens, some of which are padding.
+    texts = [*DOCUMENTS, *(f"{x} and {x}" for x in DOCUMENTS)]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    rows = [json.dumps({"sentence": x, "label": int(" old " in x)}) for x in DOCUMENTS]
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / "sst2" / f"{split}.jsonl").write_text("\n".join(rows))
+    text = {"train_file": "text.txt", "validation_split": 20}
+    preparing = [
+        flags(**text, max_seq_length=12, prepared_data="short", vocab_size=80),
+        flags(**text, max_seq_length=24, prepared_data="long", tokenizer_name="short"),
+    ]
+    words = [
+        *flags(prepared_data="short", prepared_long="long", glue="glue", output_dir="out"),
+        *flags(results=".", minutes=1e-4, tasks="sst2", hidden_size=64, layers=1, rows=4),
+        *("--finetune", "--max_steps 2", "--adam_beta1", 0.8, "--seeds", 1),
+        *("--models", "mosaic", "bert_old", "learned_positions", "padding_kept"),
+    ]
+    # All in one process, in place of one for each run.
+    said = run_python(
+        f"""
+import os, sys
+sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]
+import ablations, pareto
+
+def run(commands):
+    for _, name, script, *flags in commands.values():
+        print("RUN", script)
+        ablations.run(name, script, [str(x) for x in flags])
+
+os.chdir(sys.argv[1])
+for words in {[[str(x) for x in words] for words in preparing]}:
+    ablations.run("", "prepare_data.py", words)
+pareto.TRIAL, pareto.run = 10, run
+for others in ([], [], ["--models", "mosaic", "--seeds", "1", "2"]):
+    print("AGAIN")
+    sys.argv[1:] = {[str(x) for x in words]} + others
+    pareto.main()
+""",
+        tmp_path,
+    )
+    _, *runs = said.split("AGAIN")
+    # A trial, training and fine-tuning of each; nothing; training and fine-tuning of one.
+    assert [x.count("RUN") for x in runs] == [4 + 4 + 4, 0, 2]
+    records = [json.loads(line) for line in (tmp_path / "pareto.jsonl").read_text().splitlines()]
+    assert len(records) == 5 and (tmp_path / "pareto.png").is_file()
+    for record in records:
+        assert math.isfinite(record["eval_loss"]) and record["flop"] > 0 and record["seconds"] > 0
+        assert record["step"] == 10 and record["settings"]["others"] == ["--adam_beta1", "0.8"]
+    # Among them MosaicBERT and padding_kept, which draws dropout for padding too.
+    assert len({record["eval_loss"] for record in records}) == 5
+    claims = json.loads(runs[0].splitlines()[-1])
+    others = ("bert_old", "learned_positions", "padding_kept")
+    assert claims == dict.fromkeys(others, {"loss": None, "GLUE": None})
