@@ -4,7 +4,7 @@
 import gc
 
 import torch
-from clocks import DEVICE, first_call, interleaved, peak_bytes
+from clocks import DEVICE, ceilings, first_call, interleaved, peak_bytes
 from encoders import SETTINGS, Encoder, make_rows
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -91,6 +91,26 @@ def measure(encoders, lengths, facts, rounds, seconds, deadline):
             row["mfu"] = encoders[name].flop(rows) / ms / 1e9 / facts["matmul_tflops"]
             row |= {"ratio": ms / ours} if ours else {}
         yield facts | {"setting": name} | vars(SETTINGS[name]) | row
+
+
+def sweep(args, batches, seconds, deadline, make=Encoder):
+    """`measure`'s rows for every dtype, task and batch.
+
+    Args:
+        args: `settings`, `dtypes`, `tasks`, `rounds`.
+        batches: a function of the task that gives (facts, lengths) of each batch.
+        seconds, deadline, make: as for `measure` and `build`.
+    """
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
+        for task in args.tasks:
+            encoders = build(args.settings, dtype, task, make)
+            for batch, lengths in batches(task):
+                facts = {"task": task, "dtype": name} | batch | rates
+                yield from measure(encoders, lengths, facts, args.rounds, seconds, deadline)
+            del encoders
+            free()
 
 
 def free():

@@ -22,8 +22,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from clocks import DEVICE, TOY, Deadline, ceilings, record_file
-from compare import build, free, measure
+from clocks import DEVICE, TOY, Deadline, record_file
+from compare import sweep
 from encoders import SETTINGS, Encoder, Setting, make_rows, mean
 from lengths import HALF_PADDING, c4_lengths
 from records import print_table, recorder
@@ -88,20 +88,20 @@ def make(name, *arguments):
 
 
 def batches(task):
-    """(name, lengths) of every batch."""
+    """(facts, lengths) of every batch."""
     if TOY:
-        yield "8, half padding", [x // 4 for x in HALF_PADDING]
+        yield {"batch": "8, half padding"}, [x // 4 for x in HALF_PADDING]
         return
-    yield "1", [128]
-    yield "8", [128] * 8
-    yield "8, half padding", HALF_PADDING
+    yield {"batch": "1"}, [128]
+    yield {"batch": "8"}, [128] * 8
+    yield {"batch": "8, half padding"}, HALF_PADDING
     if DEVICE == "cuda":
-        yield "64", [128] * 64
-        yield "64, C4 to 2048", c4_lengths(64, 2048)
+        yield {"batch": "64"}, [128] * 64
+        yield {"batch": "64, C4 to 2048"}, c4_lengths(64, 2048)
     elif task == "embeddings":
-        yield "8, C4 to 256", c4_lengths(8, 256)
+        yield {"batch": "8, C4 to 256"}, c4_lengths(8, 256)
         # Minutes, with logits.
-        yield "64", [128] * 64
+        yield {"batch": "64"}, [128] * 64
 
 
 def main():
@@ -128,18 +128,9 @@ def main():
     args = parser.parse_args()
     packages = ["onnxruntime"] if "onnxruntime" in args.settings else []
     record, deadline, rows = recorder(args.output, *packages), Deadline(args.minutes), []
-    for name in args.dtypes:
-        dtype = getattr(torch, name)
-        rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
-        for task in args.tasks:
-            encoders = build(args.settings, dtype, task, make)
-            for batch, lengths in batches(task):
-                facts = {"task": task, "dtype": name, "batch": batch} | rates
-                for row in measure(encoders, lengths, facts, args.rounds, args.seconds, deadline):
-                    record(row)
-                    rows.append(row)
-            del encoders
-            free()
+    for row in sweep(args, batches, args.seconds, deadline, make):
+        record(row)
+        rows.append(row)
     print_table(rows, COLUMNS)
 
 

@@ -22,9 +22,8 @@ setting's time over that of our fastest one. Hours and dollars are a projection 
 
 import argparse
 
-import torch
-from clocks import DEVICE, TOY, Deadline, ceilings, record_file
-from compare import build, free, measure
+from clocks import DEVICE, TOY, Deadline, record_file
+from compare import sweep
 from encoders import POSITIONS, SETTINGS
 from lengths import HALF_PADDING, c4_lengths
 from records import print_table, recorder
@@ -44,18 +43,18 @@ COLUMNS = {
 
 
 def batches(args):
-    """(name, seqlen, lengths) of every batch."""
+    """(facts, lengths) of every batch."""
     if DEVICE == "cpu" and not TOY:
-        yield "half padding", 128, HALF_PADDING
-        yield "full", 128, [128] * 8
+        yield {"lengths": "half padding", "seqlen": 128}, HALF_PADDING
+        yield {"lengths": "full", "seqlen": 128}, [128] * 8
         return
     for seqlen in args.seqlens:
         # As many rows as fill whole micro-batches of the settings that pad.
         at_once = 2 if TOY else max(1, POSITIONS // seqlen)
         mean = sum(c4_lengths(10_000, seqlen)) / 10_000
         count = max(1, round(args.tokens / mean / at_once)) * at_once
-        yield "c4", seqlen, c4_lengths(count, seqlen)
-        yield "full", seqlen, [seqlen] * max(1, args.tokens // seqlen)
+        yield {"lengths": "c4", "seqlen": seqlen}, c4_lengths(count, seqlen)
+        yield {"lengths": "full", "seqlen": seqlen}, [seqlen] * max(1, args.tokens // seqlen)
 
 
 def project(tokens_per_s, mean_length, args):
@@ -93,20 +92,11 @@ def main():
         parser.set_defaults(dtypes=["float32"], seqlens=[32], tokens=128, rounds=2)
     args = parser.parse_args()
     record, deadline, rows = recorder(args.output), Deadline(args.minutes), []
-    for name in args.dtypes:
-        dtype = getattr(torch, name)
-        rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
-        for task in args.tasks:
-            encoders = build(args.settings, dtype, task)
-            for lengths, seqlen, drawn in batches(args):
-                facts = {"task": task, "dtype": name, "lengths": lengths, "seqlen": seqlen} | rates
-                for row in measure(encoders, drawn, facts, args.rounds, 60, deadline):
-                    if task == "step" and "ms" in row and not on_cpu:
-                        row |= project(row["tokens_per_s"], row["tokens"] / row["rows"], args)
-                    record(row)
-                    rows.append(row)
-            del encoders
-            free()
+    for row in sweep(args, lambda task: batches(args), 60, deadline):
+        if row["task"] == "step" and "ms" in row and not on_cpu:
+            row |= project(row["tokens_per_s"], row["tokens"] / row["rows"], args)
+        record(row)
+        rows.append(row)
     print_table(rows, COLUMNS)
 
 
