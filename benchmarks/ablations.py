@@ -5,8 +5,7 @@
     python benchmarks/ablations.py no_glu finetune.py --model runs/no-glu ...
 
 runs the script as it is, on a model whose parts are swapped before it is built, so that the model's
-files need no switch. Only this script reads such a folder rightly: its code is MosaicBERT's. A name
-that is not in SWAPS swaps nothing.
+files need no switch. Only this script reads such a folder rightly: its code is MosaicBERT's.
 """
 
 import contextlib
@@ -43,7 +42,8 @@ def no_glu(layers) -> dict:
 
 
 def learned_positions(layers) -> dict:
-    """BERT's position embeddings, added before the embeddings' LayerNorm; ALiBi's slopes are 0.
+    """BERT's position embeddings, added before the embeddings' LayerNorm; ALiBi's slopes are 0, and
+    cost what others do.
 
     They are in the encoder, the first that knows where sequences begin.
     """
@@ -89,7 +89,17 @@ def padding_kept(layers) -> dict:
     return {"pack_batch": pack_batch}
 
 
-SWAPS = {f.__name__: f for f in (no_glu, learned_positions, padding_kept)}
+def dense_logits(layers) -> dict:
+    """BERT's loss, of logits of all tokens, labelled or not."""
+
+    def packed_before(*args):
+        return packed(*args)._replace(labelled=None)
+
+    packed = layers.packed_before
+    return {"packed_before": packed_before}
+
+
+SWAPS = {f.__name__: f for f in (no_glu, learned_positions, padding_kept, dense_logits)}
 
 
 def model_module():
@@ -100,10 +110,12 @@ def model_module():
 
 
 def run(name: str, script: str, flags: list[str]):
-    """Runs the script on the ablation of that name."""
+    """Runs the script on the ablation of that name. SystemExit: there is none."""
+    if name not in SWAPS:
+        raise SystemExit(f"unknown ablation {name}: {', '.join(SWAPS)}")
     with contextlib.ExitStack() as swapped:
         layers, collator = model_module(), mlm_batches.MaskingCollator
-        for part, replacement in SWAPS[name](layers).items() if name in SWAPS else ():
+        for part, replacement in SWAPS[name](layers).items():
             swapped.enter_context(mock.patch.object(layers, part, replacement))
         if name == "padding_kept":
             # It would leave the padding out before the model sees it.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is MosaicBERT's GLUE score above BERT's at equal time and at equal FLOP, and thanks to what?
 
-Pre-trains MosaicBERT, transformers' BERT by the same recipe and by its old one, and MosaicBERT less
-one component each, fine-tunes them on GLUE, and draws held-out loss and score against minutes and
-FLOP of pre-training. All see the same text and are held to the same masked tokens.
+Pre-trains MosaicBERT, transformers' BERT by the same recipe (each at its best peak rate) and by its
+old one, and MosaicBERT less one component each, fine-tunes them on GLUE, and draws held-out loss
+and score against minutes and FLOP of pre-training. All see the same text and are held to the same
+masked tokens.
 
     xzcat wiki.train.txt.xz | fold -s -w 560 > short.txt
     xzcat wiki.train.txt.xz | fold -s -w 2300 > long.txt
@@ -17,19 +18,25 @@ FLOP of pre-training. All see the same text and are held to the same masked toke
 
 - Passages, since articles cut at 128 tokens would have no padding: 7 % of their places are.
 - Each budget is a run with a linear decay of its own: one evaluated on its way has not decayed. A
-  trial says how many steps fit; every seed takes as many. Ablations have the longest budget only.
+  trial says how many steps fit, every seed takes as many, and what they took is measured. Ablations
+  have the longest budget only.
 - Minutes leave out start and evaluation. FLOP is train_callbacks.Throughput's: padding, and logits
   of tokens without a label, which BERT computes, do not count.
-- A difference from MosaicBERT is claimed if means differ by more than either's seeds among
-  themselves do (largest - smallest): so do 5 % of equals, with 3 seeds and normal noise.
+- A model's mean over seeds is compared with MosaicBERT's at equal minutes, tokens and FLOP, between
+  its budgets by linear interpolation over their logarithm. A difference is claimed if it is larger
+  than either's seeds have among themselves (largest - smallest): so are 5 % of equals, with 3 seeds
+  and normal noise.
 - Of GLUE, SST-2 and STS-B: even BERT-Mini (4 x 256, trained in full) has 0.0 in CoLA, and in MRPC
-  and RTE little more than the commonest label gives (table of google-research/bert).
-- The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions,
-  as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a few steps; no NSP.
+  and RTE little more than the commonest label gives (table of google-research/bert). `untrained`,
+  10 steps at rate 0, is what fine-tuning alone gives.
+- The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
+  fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
+  few steps; LayerNorm and biases decay too; no NSP.
 
-By default 24 runs of 2 minutes and 18 of 1 or 0.5, two at a time, are 31 minutes on two cores;
-trials, starts, evaluations and fine-tuning, some 1.5 core-minutes a run, another 31. The same
-command again skips what pareto.jsonl has of the same settings. Unknown flags are train_mlm.py's.
+By default 27 runs of 2 minutes and 18 of 1 or 0.5, two at a time, are 34 minutes on two cores;
+trials, starts, evaluations and fine-tuning, some 2 core-minutes a run, another 48. The same command
+again skips what pareto.jsonl has of the same settings, device and versions. Unknown flags are
+train_mlm.py's.
 
 BERT-Base's sizes on a GPU, 10 minutes each and some for GLUE, on the first 17,000 articles (head
 before fold) and 30,522 entries, so that both folders take less than 40 MB:
@@ -50,8 +57,8 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from ablations import model_module
-from pareto_results import draw, summary
+from ablations import SWAPS, model_module
+from pareto_results import AXES, draw, summary
 from records import RESULTS, ROOT, environment, print_table
 from side_by_side import at_a_time, curve, run, words_of
 
@@ -70,9 +77,11 @@ MODELS = {
     "learned_positions": {},
     "fp32_layernorm": {"low_precision_layernorm": "false"},
     "padding_kept": {},
+    "dense_logits": {},
     "masking_15": {"mlm_probability": 0.15},
+    "untrained": {"learning_rate": 0.0},
 }
-ABLATIONS = list(MODELS)[3:]
+ABLATIONS = list(MODELS)[3:-1]
 # The best of learning.jsonl, at 4 x 256; ablations have MosaicBERT's unless told otherwise.
 RATES = {"mosaic": 2e-3, "bert": 1e-3, "bert_old": 1e-3}
 TRIAL = 60  # steps
@@ -115,7 +124,8 @@ def recipe(args, name: str, seed: int) -> dict:
 def command(name: str, script: str, folder: Path, words: list, **flags) -> list:
     flags |= {"output_dir": folder, "overwrite": "true", "disable_tqdm": "true", "cpu_threads": 1}
     ablations = Path(__file__).with_name("ablations.py")
-    return [ablations, name, script, *words_of(flags), *words]
+    script = [ablations, name, script] if name in SWAPS else [ROOT / script]
+    return [*script, *words_of(flags), *words]
 
 
 def training(args, name: str, seed: int, steps: int, folder: Path) -> list:
@@ -170,11 +180,17 @@ def record(args, name: str, minutes: float, seed: int, folder: Path) -> dict:
 
 
 def finished(args) -> dict[tuple, dict]:
-    """Records of these settings by key."""
+    """Records of these settings, this device and these versions by key."""
     file = args.results / "pareto.jsonl"
     records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
     wanted = {(name, seed): settings(args, name, seed) for name, _, seed in args.plan}
-    ours = [x for x in records if x["settings"] == wanted.get((x["model"], x["seed"]))]
+    here = environment()
+    ours = [
+        x
+        for x in records
+        if x["settings"] == wanted.get((x["model"], x["seed"]))
+        and all(x[key] == here[key] for key in ("device", "torch", "transformers"))
+    ]
     return {(x["model"], x["minutes"], x["seed"]): x for x in ours}
 
 
@@ -185,7 +201,7 @@ def run_all(args):
     steps = {key[:2]: x["step"] for key, x in done.items()}
     untried = dict.fromkeys(key[0] for key in missing if key[:2] not in steps)
     for name, speed in steps_per_second(args, list(untried)).items():
-        for minutes in args.minutes:
+        for minutes in (*args.minutes, 0):
             # Logged ten times, the last step with them.
             steps.setdefault((name, minutes), 10 * max(1, round(6 * minutes * speed)))
     for i in range(0, len(missing), at_a_time()):
@@ -226,26 +242,25 @@ def main():
     # Fills transformers' cache of code, which runs side by side would race for.
     model_module()
 
-    budgets = sorted(args.minutes)
+    longest = max(args.minutes)
+    budgets = dict.fromkeys(MODELS, args.minutes) | dict.fromkeys(ABLATIONS, [longest])
+    budgets["untrained"] = [0]
+    keys = [(name, x, seed) for seed in args.seeds for name in args.models for x in budgets[name]]
     # The longest first: those side by side are then of one budget.
-    args.plan = [
-        (name, minutes, seed)
-        for minutes in reversed(budgets)
-        for seed in args.seeds
-        for name in args.models
-        if minutes == budgets[-1] or name not in ABLATIONS
-    ]
+    args.plan = sorted(keys, key=lambda key: -key[1])
     run_all(args)
     records, found = finished(args), {}
     for key in args.plan:
         found.setdefault(key[:2], []).append(records[key])
-    rows = [summary(runs, found.get(("mosaic", key[1]))) for key, runs in found.items()]
+    ours = [x for key, x in records.items() if key[0] == "mosaic"]
+    rows = [summary(runs, ours) for runs in found.values()]
     draw(rows, args.results / "pareto.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
-    formats |= {"TFLOP": ".4g", "loss": ".3f", "by loss": "", "GLUE": ".1%", "by GLUE": ""}
-    print_table(rows, formats | dict.fromkeys(args.tasks, ".1%"))
-    last = [row for row in rows if row["budget"] == budgets[-1] and row["model"] != "mosaic"]
-    print(json.dumps({x["model"]: {y: x.get(f"by {y}") for y in ("loss", "GLUE")} for x in last}))
+    formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}
+    formats |= {"GLUE": ".1%", "GLUE, equal minutes": ""} | dict.fromkeys(args.tasks, ".1%")
+    print_table(rows, formats)
+    last = [row for row in rows if row["budget"] == longest and row["model"] != "mosaic"]
+    print(json.dumps({x["model"]: {y: x[y] for y in formats if "equal" in y} for x in last}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from matplotlib.figure import Figure
+from scipy.interpolate import interp1d
 
 TITLES = {
     "mosaic": "MosaicBERT",
@@ -14,13 +16,16 @@ TITLES = {
     "learned_positions": "learned positions",
     "fp32_layernorm": "fp32 LayerNorm",
     "padding_kept": "padding kept",
+    "dense_logits": "logits of all tokens",
     "masking_15": "15 % masking",
 }
+# What a run costs: keys of its record, and units.
+AXES = {"minutes": ("seconds", 60), "Mtokens": ("tokens", 1e6), "TFLOP": ("flop", 1e12)}
 
 
 def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False) -> str | None:
-    """Whether theirs are better or worse, or no different; None: too few seeds to say."""
-    if min(len(theirs), len(ours)) < 2:
+    """Whether theirs are better or worse, or no different; None: fewer than 3 seeds cannot say."""
+    if min(len(theirs), len(ours)) < 3:
         return None
     difference = mean(theirs) - mean(ours)
     if abs(difference) <= max(max(x) - min(x) for x in (theirs, ours)):
@@ -28,22 +33,44 @@ def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False)
     return "worse" if (difference > 0) == lower_is_better else "better"
 
 
-def summary(runs: list[dict], ours: list[dict] | None) -> dict:
-    """A row of the table: means over the seeds of a model and budget, and what is claimed."""
+def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
+    """What MosaicBERT has at this cost, a value for each seed; none beyond a tenth more or less
+    than its runs cost."""
+    values = []
+    for seed in {run["seed"] for run in ours}:
+        runs = sorted((run for run in ours if run["seed"] == seed), key=lambda run: run[axis])
+        if len(runs) > 1 and runs[0][axis] / 1.1 <= cost <= runs[-1][axis] * 1.1:
+            costs, heights = np.log([run[axis] for run in runs]), [run[y] for run in runs]
+            values.append(float(interp1d(costs, heights, fill_value="extrapolate")(np.log(cost))))
+    return values
+
+
+def compared(runs: list[dict], ours: list[dict], axis: str, y: str) -> str | None:
+    """How much more of y the runs have than MosaicBERT at equal cost, and what that is."""
+    theirs, at_equal = [x[y] for x in runs], ours_at(mean(x[axis] for x in runs), axis, y, ours)
+    if not at_equal:
+        return None
+    said = claim(theirs, at_equal, lower_is_better=y == "eval_loss") or "unclaimed"
+    return f"{mean(theirs) - mean(at_equal):+.3f} {said}"
+
+
+def summary(runs: list[dict], ours: list[dict]) -> dict:
+    """A row of the table: means over the seeds of a model and budget, and how they compare with
+    MosaicBERT's runs of all budgets."""
     losses, scores = ([x[y] for x in runs] for y in ("eval_loss", "glue"))
     row = {"model": runs[0]["model"], "budget": runs[0]["minutes"], "seeds": len(runs)}
-    units = {"minutes": ("seconds", 60), "Mtokens": ("tokens", 1e6), "TFLOP": ("flop", 1e12)}
-    row |= {name: mean(x[key] for x in runs) / unit for name, (key, unit) in units.items()}
+    row |= {name: mean(x[key] for x in runs) / unit for name, (key, unit) in AXES.items()}
     row |= {"loss": mean(losses), "all loss": losses, "GLUE": mean(scores), "all GLUE": scores}
     row |= {task: mean(x["scores"][task] for x in runs) for task in runs[0]["scores"]}
-    if ours and row["model"] != "mosaic":
-        row["by loss"] = claim(losses, [x["eval_loss"] for x in ours], lower_is_better=True)
-        row["by GLUE"] = claim(scores, [x["glue"] for x in ours])
+    others = ours if row["model"] != "mosaic" else []
+    for name, (key, _) in AXES.items():
+        row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
+        row[f"GLUE, equal {name}"] = compared(runs, others, key, "glue")
     return row
 
 
 def draw(rows: list[dict], path: Path):
-    """Means over seeds, with bars from the worst to the best."""
+    """Means over seeds, with bars from the worst to the best; dashed, GLUE without pre-training."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
     labels = {"loss": "held-out loss, 15 % masked (nats)", "GLUE": "mean score of the GLUE tasks"}
@@ -59,5 +86,9 @@ def draw(rows: list[dict], path: Path):
                 panel.errorbar(places, heights, bars, label=title if points else None, **look)
                 panel.set(xscale="log", xlabel=f"{x} of pre-training")
                 panel.grid(alpha=0.3)
+    for row in rows:
+        if row["model"] == "untrained":
+            for panel in grid[1]:
+                panel.axhline(row["GLUE"], color="grey", linestyle="--")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)

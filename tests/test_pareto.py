@@ -94,13 +94,41 @@ def test_kept_padding_goes_through_the_layers_and_changes_no_token(build):
         ([4.5, 4.6, 4.7], [5.0, 5.1, 5.2], "better"),
         # Means are 0.2 apart, and so are theirs among themselves.
         ([5.0, 5.1, 5.2], [4.9, 4.9, 4.9], "same"),
-        ([5.0], [4.0], None),
+        ([5.0, 5.1], [4.0, 4.1], None),
     ],
 )
 def test_a_difference_is_claimed_beyond_the_spread_over_seeds(theirs, ours, expected):
     assert pareto_results.claim(theirs, ours, lower_is_better=True) == expected
     swap = {"worse": "better", "better": "worse"}
     assert pareto_results.claim(theirs, ours) == swap.get(expected, expected)
+
+
+def test_what_ours_has_at_equal_cost_is_between_its_budgets():
+    runs = [
+        {"seed": seed, "seconds": 30 * 4**i, "eval_loss": 6 - i + seed}
+        for i in (0, 1)
+        for seed in (1, 2)
+    ]
+    assert pareto_results.ours_at(60, "seconds", "eval_loss", runs) == pytest.approx([6.5, 7.5])
+    assert pareto_results.ours_at(132, "seconds", "eval_loss", runs)[0] < 6
+    for too_far in (26, 133):
+        assert pareto_results.ours_at(too_far, "seconds", "eval_loss", runs) == []
+    theirs = [{"seconds": 60, "eval_loss": 8.0}] * 2
+    found = pareto_results.compared(theirs, runs, "seconds", "eval_loss")
+    assert found == "+1.000 unclaimed"
+
+
+def test_dense_logits_are_of_all_tokens_and_have_the_same_loss(build):
+    labels = torch.where(IDS == 8, IDS, -100)
+    batch = bert_layers.pack_batch(IDS, MASK, None, labels)
+    losses, seen = [], []
+    for name in (None, "dense_logits"):
+        model = build(name)
+        model.training = True  # but its layers are not: no dropout
+        model.cls.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        losses.append(model(IDS, labels=labels, batch=batch).loss)
+    assert seen == [1, MASK.sum()]
+    assert_same(losses[1], losses[0])
 
 
 def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
@@ -121,6 +149,7 @@ def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
     assert places == {32 * 128}
     assert found["bert_old"]["mlm_probability"] == found["masking_15"]["mlm_probability"] == 0.15
     assert {found[name]["learning_rate"] for name in pareto.ABLATIONS} == {2e-3}
+    assert found["untrained"]["learning_rate"] == 0
 
 
 def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
@@ -137,45 +166,48 @@ def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
         flags(**text, max_seq_length=12, prepared_data="short", vocab_size=80),
         flags(**text, max_seq_length=24, prepared_data="long", tokenizer_name="short"),
     ]
+    others = ("bert_old", "learned_positions", "padding_kept", "dense_logits", "untrained")
     words = [
         *flags(prepared_data="short", prepared_long="long", glue="glue", output_dir="out"),
         *flags(results=".", minutes=1e-4, tasks="sst2", hidden_size=64, layers=1, rows=16),
         *("--finetune", "--max_steps 2", "--adam_beta1", 0.8, "--seeds", 1),
-        *("--models", "mosaic", "bert_old", "learned_positions", "padding_kept"),
+        *("--models", "mosaic", *others),
     ]
     # All in one process, in place of one for each run.
     said = run_python(
         f"""
-import os, sys
+import os, runpy, sys
 sys.path[:0] = [{str(ROOT / "benchmarks")!r}, {str(ROOT)!r}]
-import ablations, pareto
+import pareto
 
 def run(commands):
-    for _, name, script, *flags in commands.values():
-        print("RUN", script)
-        ablations.run(name, script, [str(x) for x in flags])
+    for words in commands.values():
+        print("RUN", words[0])
+        sys.argv[:] = map(str, words)
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 os.chdir(sys.argv[1])
 for words in {[[str(x) for x in words] for words in preparing]}:
-    ablations.run("", "prepare_data.py", words)
+    run({{"": [{str(ROOT / "prepare_data.py")!r}, *words]}})
 pareto.TRIAL, pareto.run = 10, run
-for others in ([], [], ["--models", "mosaic", "--seeds", "1", "2"]):
+for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"]):
     print("AGAIN")
-    sys.argv[1:] = {[str(x) for x in words]} + others
+    sys.argv[1:] = {[str(x) for x in words]} + more
     pareto.main()
 """,
         tmp_path,
     )
     _, *runs = said.split("AGAIN")
     # A trial, training and fine-tuning of each; nothing; training and fine-tuning of one.
-    assert [x.count("RUN") for x in runs] == [4 + 4 + 4, 0, 2]
+    assert [x.count("RUN") for x in runs] == [6 + 6 + 6, 0, 2]
     records = [json.loads(line) for line in (tmp_path / "pareto.jsonl").read_text().splitlines()]
-    assert len(records) == 5 and (tmp_path / "pareto.png").is_file()
+    assert len(records) == 7 and (tmp_path / "pareto.png").is_file()
     for record in records:
         assert math.isfinite(record["eval_loss"]) and record["flop"] > 0 and record["seconds"] > 0
         assert record["step"] == 10 and record["settings"]["others"] == ["--adam_beta1", "0.8"]
-    # Among them MosaicBERT and padding_kept, which draws dropout for padding too.
-    assert len({record["eval_loss"] for record in records}) == 5
-    claims = json.loads(runs[0].splitlines()[-1])
-    others = ("bert_old", "learned_positions", "padding_kept")
-    assert claims == dict.fromkeys(others, {"loss": None, "GLUE": None})
+    # Among them padding_kept and dense_logits, which draw dropout for more tokens.
+    assert len({record["eval_loss"] for record in records}) == 7
+    differences = json.loads(runs[0].splitlines()[-1])
+    # With a single budget nothing is at equal cost.
+    assert set(differences) == set(others) - {"untrained"}
+    assert all(set(x.values()) == {None} for x in differences.values())
