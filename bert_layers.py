@@ -177,7 +177,16 @@ NAMESPACE = re.sub(r"\W", "_", __name__)
 
 @contextlib.contextmanager
 def drawn_from(seed: Tensor, device: torch.device):
-    """Random numbers on `device` come from `seed`, (1,) int64, and go on as before afterwards."""
+    """Random numbers on `device` come from `seed`, (1,) int64, and go on as before afterwards.
+
+    Raises:
+        ValueError: the device has a generator of its own that is not CUDA's.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"torch.compile cannot repeat attention dropout on {device.type}: use "
+            "attn_implementation='eager', or attention_probs_dropout_prob 0"
+        )
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if on_cuda else []):
         if on_cuda:
@@ -198,7 +207,7 @@ def sdpa_varlen_op(
     seed: Tensor,
 ) -> Tensor:
     """`sdpa_varlen` as a pure function of `seed`, (1,) int64, which dropout is drawn from."""
-    with drawn_from(seed, qkv.device):
+    with drawn_from(seed, qkv.device) if dropout_p else contextlib.nullcontext():
         return sdpa_varlen(qkv, cu_seqlens, slopes, positions, dropout_p)
 
 
@@ -213,7 +222,7 @@ def sdpa_varlen_backward_op(
     seed: Tensor,
 ) -> Tensor:
     """Gradient of `sdpa_varlen_op` in qkv, which runs forward again."""
-    with drawn_from(seed, qkv.device):
+    with drawn_from(seed, qkv.device) if dropout_p else contextlib.nullcontext():
         _, vjp = torch.func.vjp(
             lambda x: sdpa_varlen(x, cu_seqlens, slopes, positions, dropout_p), qkv
         )
@@ -295,6 +304,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
     if not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         if device.type != "cuda":
             return f"it needs CUDA tensors, got {device.type}"
+        if torch.version.hip:
+            return "it is written for NVIDIA's GPUs, not for ROCm's"
         if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
             return f"it needs compute capability 8.0, got {capability}"
     if dtype not in dtypes:
@@ -350,8 +361,9 @@ def choose_backend(
 
 # ---- the loss of masked language modelling ----
 
-# The loss holds the logits of so many labels at a time that they take this many bytes in float32.
-LOSS_BYTES = 2**29
+# The loss holds the logits of at most so many labels at a time, and of so many bytes in float32.
+# More labels of the same id could leave fp16's range in the weight's gradient.
+LOSS_ROWS, LOSS_BYTES = 2**12, 2**29
 
 
 def linear_cross_entropy(
@@ -368,11 +380,11 @@ def linear_cross_entropy(
         weight_grad: whether weight is trained.
 
     Returns:
-        loss, a float32 scalar, and its gradients in hidden_states and weight (without rows unless
-        weight_grad), both in the dtype of hidden_states, and in bias, float32.
+        loss, a float32 scalar, and its gradients in hidden_states, in their dtype, and in weight
+        (without rows unless weight_grad) and bias, float32.
     """
     narrow_weight, narrow_bias = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
-    rows = max(1, LOSS_BYTES // (4 * len(weight)))
+    rows = max(1, min(LOSS_ROWS, LOSS_BYTES // (4 * len(weight))))
     loss = hidden_states.new_zeros((), dtype=torch.float32)
     bias_sum = torch.zeros_like(bias, dtype=torch.float32)
     weight_sum, hidden_grads = None, []
@@ -390,9 +402,10 @@ def linear_cross_entropy(
             bias_sum += grad.sum(0, dtype=torch.float32)
             if weight_grad:
                 part = grad.T @ x
-                weight_sum = part if weight_sum is None else weight_sum.float() + part
-    weight_sum = weight_sum if weight_grad else weight.new_empty(0, weight.shape[1])
-    return loss, torch.cat(hidden_grads), weight_sum.to(hidden_states.dtype), bias_sum
+                weight_sum = part.float() if weight_sum is None else weight_sum.add_(part)
+    if not weight_grad:
+        weight_sum = weight.new_empty((0, weight.shape[1]), dtype=torch.float32)
+    return loss, torch.cat(hidden_grads), weight_sum, bias_sum
 
 
 # One operator, since torch.compile would make a graph for each number of chunks.
@@ -407,7 +420,7 @@ def _(hidden_states, weight, bias, labels, weight_grad):
     return (
         hidden_states.new_empty((), dtype=torch.float32),
         hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty(rows, weight.shape[1]),
+        weight.new_empty(rows, weight.shape[1], dtype=torch.float32),
         torch.empty_like(bias, dtype=torch.float32),
     )
 
@@ -476,7 +489,8 @@ class Dropout(nn.Dropout):
         if not (self.training and fast):
             return super().forward(x)
         # All 64 bits; four elements take a word.
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         keep = (bits >= dropped - 2**15).to(x.dtype)
         return x * keep.mul_(1 / (1 - dropped / 2**16))
@@ -487,6 +501,7 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(
@@ -497,25 +512,29 @@ class BertEmbeddings(nn.Module):
     def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None) -> Tensor:
         """input_ids, token_type_ids (total,), or inputs_embeds (total, dim) -> (total, dim)."""
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
+            check_ids("input_ids", input_ids, self.config.vocab_size, TOKENIZER)
             inputs_embeds = self.word_embeddings(input_ids)
         if token_type_ids is None:
-            # As a vector: a look-up would add the gradients of all tokens to one row, in turn.
-            types = self.token_type_embeddings.weight[0]
+            # Looked up once: the gradients of all tokens would be added to one row in turn.
+            token_type_ids = torch.zeros(1, dtype=torch.int64, device=inputs_embeds.device)
         else:
-            check_ids("token_type_ids", token_type_ids, self.token_type_embeddings.num_embeddings)
-            types = self.token_type_embeddings(token_type_ids)
+            check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, TOKENIZER)
+        types = self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(inputs_embeds + types))
 
 
-def check_ids(name: str, ids: Tensor, count: int):
+TOKENIZER = "is the tokenizer the model's own?"
+LABELS = "load the model with num_labels=, or leave the label out by -100"
+
+
+def check_ids(name: str, ids: Tensor, count: int, hint: str):
     """ValueError for ids outside 0..count - 1; only where looking costs no synchronisation."""
     if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
         low, high = (x.item() for x in ids.aminmax())
         if low < 0 or high >= count:
             raise ValueError(
                 f"{name} holds {low if low < 0 else high}, but the model has only 0..{count - 1}: "
-                "is the tokenizer the model's own?"
+                f"{hint}"
             )
 
 
@@ -639,7 +658,8 @@ class BertEncoder(nn.Module):
             tile_map = build_tile_map(batch.cu_seqlens, len(hidden_states))
             batch = batch._replace(tile_map=tile_map)
         # Filled in, since copying a list to a GPU waits for everything queued there.
-        slopes = torch.cat([torch.full((1,), x, device=device) for x in alibi_slopes(heads)])
+        like = {"dtype": torch.float32, "device": device}
+        slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
         states = [hidden_states] if output_hidden_states else None
         attentions = [] if output_attentions else None
         for i, layer in enumerate(self.layer):
@@ -695,7 +715,7 @@ class BertLMPredictionHead(nn.Module):
         if labels is None:
             return self.decoder(hidden_states)
         weight, bias = self.decoder.weight, self.decoder.bias
-        check_ids("labels", labels, len(weight))
+        check_ids("labels", labels, len(weight), TOKENIZER)
         # As autocast does for the decoder itself.
         hidden_states = hidden_states.to(autocast_dtype(hidden_states.device) or weight.dtype)
         loss, *_ = linear_cross_entropy_op(
@@ -806,7 +826,8 @@ class BertModel(BertPreTrainedModel):
                 the row.
             inputs_embeds: (batch, seqlen, dim), in place of input_ids.
             output_attentions: return each layer's probabilities (batch, heads, seqlen, seqlen);
-                needs "eager" or no attn_implementation.
+                needs "eager" or no attn_implementation; as config.output_attentions set after
+                loading, "eager" on transformers 5.
             output_hidden_states: return the output of the embeddings and of each layer, (batch,
                 seqlen, dim).
             return_dict: False for a tuple.
@@ -820,7 +841,8 @@ class BertModel(BertPreTrainedModel):
 
         Raises:
             ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
-                without embedding (on the CPU), a backend that cannot take these tensors.
+                without embedding (on the CPU), a backend that cannot take these tensors, hidden
+                states asked for of a batch that names labelled tokens.
         """
         tokens = exactly_one(input_ids, inputs_embeds)
         check_shape("token_type_ids", token_type_ids, tokens.shape[:2])
@@ -831,6 +853,11 @@ class BertModel(BertPreTrainedModel):
         stays_packed = batch is not None
         if stays_packed:
             batch = packed_before(batch, tokens, attention_mask, position_ids)
+            if output_hidden_states and batch.labelled is not None:
+                raise ValueError(
+                    "output_hidden_states needs a batch that was packed without labels: the last "
+                    "layer makes those of labelled tokens only"
+                )
         else:
             batch = pack_batch(tokens, attention_mask, position_ids)
 
@@ -875,7 +902,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
             labels here.
     """
     labels = labels.long().to(logits.device)
-    check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1])
+    check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1], LABELS)
     return mean_loss(F.cross_entropy(logits.float(), labels, reduction="sum"), labels, count)
 
 
@@ -904,6 +931,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> T
             or bool, one label otherwise.
     """
     batch, num_labels = logits.shape
+    labels = labels.to(logits.device)
     if problem_type is None:
         several = labels.is_floating_point() or labels.dtype == torch.bool
         problem_type = "multi_label_classification" if several else "single_label_classification"
@@ -1015,7 +1043,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         if labels is not None:
             labels = unpad_input(labels.long().to(hidden_states.device), batch)
         if batch.labelled is not None:
-            labels = labels.index_select(0, batch.labelled)
+            labels = labels.index_select(0, batch.labelled.to(labels.device))
         # Adapters and BiRNA-BERT's users put other modules there, which give logits only.
         head = self.cls if isinstance(self.cls, BertOnlyMLMHead) else None
         if batch.labelled is not None and head and type(head.predictions.decoder) is nn.Linear:
@@ -1234,11 +1262,12 @@ class BertForMultipleChoice(BertPreTrainedModel):
         Raises:
             ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
         """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or given.dim() < 3:
+        given, axes = (inputs_embeds, 4) if input_ids is None else (input_ids, 3)
+        if given is None or given.dim() != axes:
             shape = None if given is None else tuple(given.shape)
             raise ValueError(
-                f"inputs of a multiple choice model are (batch, choices, seqlen), got {shape}"
+                "inputs of a multiple choice model are (batch, choices, seqlen), embedded (batch, "
+                f"choices, seqlen, dim), got {shape}"
             )
         batch, choices = given.shape[:2]
         rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)

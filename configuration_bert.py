@@ -35,6 +35,7 @@ class MosaicBertConfig(StockBertConfig):
 
     def __init__(
         self,
+        *,
         alibi_starting_size=512,
         attention_probs_dropout_prob=0.0,
         low_precision_layernorm=False,
@@ -54,10 +55,11 @@ class MosaicBertConfig(StockBertConfig):
         Models call it too, since fields may be set after the configuration is made.
 
         Raises:
-            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads, or
-                untied embeddings.
+            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads,
+                untied embeddings, or a decoder.
         """
-        for name in ("alibi_starting_size", "num_hidden_layers", "num_attention_heads"):
+        sizes = ("alibi_starting_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
+        for name in (*sizes, "intermediate_size", "vocab_size", "type_vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
@@ -67,6 +69,10 @@ class MosaicBertConfig(StockBertConfig):
             )
         if not self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be True: MosaicBERT ties its decoder")
+        # Fields of stock BERT that some release may no longer have.
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name, False):
+                raise ValueError(f"{name} must be False: MosaicBERT is an encoder")
         self.max_position_embeddings = max(self.max_position_embeddings, self.alibi_starting_size)
 
     @classmethod

@@ -749,6 +749,11 @@ def flash_attn_varlen_qkvpacked_func(
 
     Returns:
         out (total, heads, head_dim) and, if asked for, lse (heads, total) fp32, natural logarithm
+
+    Raises:
+        ValueError: tensors that are not on one GPU, or of another dtype, shape or layout than said
+            here; dropout_p outside [0, 1), or above 0 for sequences of more than 65,536 tokens;
+            position_ids without alibi_slopes
     """
     device = qkv.device.type
     # Asking whether autocast is enabled raises on meta, which knows none.
@@ -819,6 +824,9 @@ def _check(qkv, max_seqlen, dropout_p, softmax_scale, tensors):
         raise ValueError(f"max_seqlen must be an int of 0 or more, got {max_seqlen!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p and max_seqlen > 2**16:
+        # Places beyond would share the random bits of others.
+        raise ValueError(f"dropout takes sequences of up to 65,536 tokens, got {max_seqlen}")
     if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if tensors["position_ids"] is not None and tensors["alibi_slopes"] is None:

@@ -376,11 +376,20 @@ def load_rows(data: DataArguments, tokenizer_args: TokenizerArguments, name, arg
 
     Args:
         name: of the tokenizer, None to train one.
+
+    Raises:
+        ValueError: prepared rows were made with other entries than that tokenizer's.
     """
     # The main process fills the caches of data, the others read them.
     with args.main_process_first():
         if data.prepared_data:
-            return load_prepared(data)
+            rows = load_prepared(data)
+            if name and not has_vocabulary_of(name, rows[-1]):
+                raise ValueError(
+                    f"{data.prepared_data} was prepared with another tokenizer than {name}: leave "
+                    "out --tokenizer_name, or prepare again"
+                )
+            return rows
         train, validation = load_documents(data)
     tokenizer = choose_tokenizer(name, tokenizer_args, train, data.text_column)
     with args.main_process_first():

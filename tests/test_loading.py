@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -323,6 +324,31 @@ def test_lora_on_wqkv_trains_saves_and_merges(mosaic, golden, tmp_path):
     again = peft.PeftModel.from_pretrained(load("AutoModelForMaskedLM", mosaic), tmp_path)
     assert_near(again.eval()(**inputs).logits, trained)
     assert_near(again.merge_and_unload()(**inputs).logits, trained)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["word_embeddings", "token_type_embeddings"]},
+        {"target_modules": ["Wqkv"], "trainable_token_indices": {"word_embeddings": [7, 8]}},
+    ],
+    ids=["LoRA", "single tokens"],
+)
+def test_adapters_of_embeddings_train(ours, options):
+    model = peft.get_peft_model(load("AutoModel", ours), peft.LoraConfig(**options))
+    model(input_ids=torch.tensor([[7, 8, 9]])).pooler_output.square().sum().backward()
+    trained = [name for name, x in model.named_parameters() if x.requires_grad]
+    assert trained
+    for name in trained:
+        assert model.get_parameter(name).grad is not None, name
+
+
+def test_weights_that_are_offloaded_are_fetched(mosaic, golden):
+    model, inputs = load("AutoModelForMaskedLM", mosaic), {"input_ids": golden[0]["input_ids"]}
+    expected = model(**inputs).logits
+    assert torch.equal(
+        accelerate.cpu_offload(model, torch.device("cpu"))(**inputs).logits, expected
+    )
 
 
 def test_nothing_in_the_goldens_is_changed_by_loading():

@@ -186,6 +186,27 @@ def test_on_cuda_auto_falls_back_where_triton_cannot(monkeypatch, dtype, head_di
     assert reason in warnings[0]
 
 
+def test_on_rocm_auto_takes_sdpa(monkeypatch):
+    """A GPU is called CUDA there, with a capability, and Triton lacks the kernel's precision."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    queries = (torch.device("cuda"), torch.bfloat16, 64)
+    assert choose_backend("auto", *queries) == "sdpa"
+    with pytest.raises(ValueError, match="NVIDIA's GPUs, not for ROCm's. Use 'sdpa'"):
+        choose_backend("triton", *queries)
+
+
+def test_a_default_dtype_of_half_precision_changes_no_float32_model():
+    model, batch = make(BertModel), make_batch(8, 5)
+    expected = model(**batch).last_hidden_state
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @on_every_backend
 def test_attention_dropout_is_for_training_only(backend, device):
     model = make(BertModel, backend, attention_probs_dropout_prob=0.5).to(device)
@@ -516,6 +537,19 @@ def test_the_compiled_loss_operator_is_sound(monkeypatch, loss_bytes, weight_gra
     torch.library.opcheck(bert_layers.linear_cross_entropy_op, arguments)
 
 
+def test_many_labels_of_one_id_stay_within_the_range_of_fp16():
+    """Each adds 4 - 4 / vocab to the gradient of the id's row."""
+    count, vocab = 20_000, 16
+    hidden_states = torch.full((count, 8), 4.0, dtype=torch.float16)
+    weight, labels = torch.zeros(vocab, 8), torch.ones(count, dtype=torch.int64)
+    found = bert_layers.linear_cross_entropy(
+        hidden_states, weight, torch.zeros(vocab), labels, True
+    )
+    # Sums of a chunk are rounded to fp16.
+    expected = torch.full((8,), -count * 4 * (1 - 1 / vocab))
+    torch.testing.assert_close(found[2][1], expected, rtol=2**-10, atol=0)
+
+
 class Shapes(TorchDispatchMode):
     """Records every operator's output, those inside the loss's operator too."""
 
@@ -781,6 +815,18 @@ def test_labels_beyond_the_vocabulary_are_refused(training):
         model(**make_batch(4), labels=torch.tensor([[-100, 1, 64, 2]]))
 
 
+def test_labels_that_a_classifier_does_not_know_are_refused():
+    model = make(BertForSequenceClassification, num_labels=2)
+    with pytest.raises(ValueError, match="labels holds 2.* has only 0..1: load .* num_labels="):
+        model(**make_batch(4), labels=torch.tensor([2]))
+
+
+def test_hidden_states_of_a_batch_that_names_labelled_tokens_are_refused():
+    packed = pack_batch(IDS, labels=IDS)
+    with pytest.raises(ValueError, match="output_hidden_states needs a batch .* without labels"):
+        make(BertModel)(IDS, batch=packed, output_hidden_states=True)
+
+
 @pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
 def test_a_packed_batch_and_a_mask_are_refused_together(cls):
     batch = make_batch(4, 2)
@@ -804,17 +850,22 @@ def test_half_a_span_is_refused():
 
 
 def test_flat_multiple_choice_input_is_refused():
-    with pytest.raises(ValueError, match=r"\(batch, choices, seqlen\), got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"\(batch, choices, seqlen\), .*got \(2, 8\)"):
         make(BertForMultipleChoice)(**make_batch(4, 8))
+    with pytest.raises(ValueError, match=r"choices, seqlen, dim\), got \(2, 3, 64\)"):
+        make(BertForMultipleChoice)(inputs_embeds=torch.zeros(2, 3, 64))
 
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="got 64 and 5"):
         MosaicBertConfig(hidden_size=64, num_attention_heads=5)
-    with pytest.raises(ValueError, match="alibi_starting_size must be at least 1, got 0"):
-        MosaicBertConfig(alibi_starting_size=0)
+    for name in ("alibi_starting_size", "vocab_size", "hidden_size", "type_vocab_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            MosaicBertConfig(**{name: 0})
     with pytest.raises(ValueError, match="tie_word_embeddings must be True"):
         MosaicBertConfig(tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="is_decoder must be False"):
+        MosaicBertConfig(is_decoder=True)
 
 
 def test_a_config_changed_after_it_was_made_is_checked_by_the_model():
@@ -1169,6 +1220,12 @@ def test_the_operator_leaves_other_random_numbers_alone():
     torch.manual_seed(0)
     bert_layers.sdpa_varlen_op(qkv, cu_seqlens, torch.ones(1), None, 0.5, torch.tensor([7]))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_operator_refuses_to_drop_where_it_could_not_repeat_it():
+    drawn = bert_layers.drawn_from(torch.tensor([7]), torch.device("xpu"))
+    with pytest.raises(ValueError, match="repeat attention dropout on xpu: use .*'eager'"), drawn:
+        pass
 
 
 def test_the_operators_gradient_drops_what_its_forward_dropped():

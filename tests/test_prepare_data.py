@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """prepare_data.py: documents of every kind, tokenizers, rows, and prepared folders."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import embedded_text
 import prepare_data
+import train_mlm
 from recipe import DataArguments, TokenizerArguments
 
 
@@ -173,6 +175,20 @@ def test_a_prepared_folder_holds_what_training_would_have_made(tmp_path, packed,
     (tmp_path / "rows" / "prepared.json").unlink()
     with pytest.raises(ValueError, match="rows has no prepared.json"):
         prepare_data.load_prepared(args)
+
+
+def test_training_refuses_another_tokenizer_than_its_rows_were_prepared_with(tmp_path):
+    tokenizer, other = trained_tokenizer(), tmp_path / "other"
+    trained_tokenizer(vocab_size=60).save_pretrained(other)
+    args = DataArguments(max_seq_length=16, prepared_data=str(tmp_path / "rows"))
+    documents = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    rows = prepare_data.encode(documents, args, tokenizer)
+    prepare_data.save_prepared(tmp_path / "rows", rows, rows, tokenizer, args)
+    process = SimpleNamespace(main_process_first=contextlib.nullcontext)
+    for same in (None, args.prepared_data):
+        assert train_mlm.load_rows(args, TokenizerArguments(), same, process)[0][:] == rows[:]
+    with pytest.raises(ValueError, match="rows was prepared with another tokenizer than .*other"):
+        train_mlm.load_rows(args, TokenizerArguments(), str(other), process)
 
 
 def test_shards_of_a_streaming_dataset_are_read_by_its_library(tmp_path, monkeypatch):
