@@ -100,10 +100,14 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
-        config = self.model.config
-        if self.args.should_save and has_token_types(config):
-            folder = output_dir or self.args.output_dir
-            make_tokenizer_portable(folder, config.max_position_embeddings)
+        if self.args.should_save:
+            config, tokenizer = self.model.config, self.processing_class
+            most = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            make_tokenizer_portable(
+                output_dir or self.args.output_dir,
+                longest(config, tokenizer, most),
+                has_token_types(config),
+            )
 
 
 @dataclass

@@ -573,6 +573,7 @@ def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, messa
         ({"output_dir": ""}, "give --output_dir"),
         ({"model": ""}, "give --model"),
         ({"seed": 3}, "give --seeds"),
+        ({"divergence": 3}, "not used .*--divergence"),
         ({"resume_from_checkpoint": "last"}, "the same command again runs what is unfinished"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
