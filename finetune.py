@@ -46,11 +46,11 @@ from glue_tasks import (
     table,
     write_json,
 )
-from labelled_data import LabelledDataArguments, Part, encode, load_task
+from labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from publishing import make_tokenizer_portable, publish, write_card
 from recipe import RecipeArguments, option
 from train_callbacks import LogFile
-from train_mlm import hub_id, is_ours, one_gpu_each, use_all_cores
+from train_mlm import attention_backend, hub_id, is_ours, one_gpu_each, use_all_cores
 
 # Of the arguments, what a result depends on.
 SETTINGS = (
@@ -146,6 +146,8 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         compute_metrics=lambda found: metrics(found.predictions, found.label_ids),
         callbacks=[LogFile()],
     )
+    backend = attention_backend(model, args)
+    trainer.accelerator.print(f"{run.folder}: from {run.start}, attention {backend}")
     seconds = trainer.train().metrics["train_runtime"]
     found = {}
     for suffix, split in task.validation.items():
@@ -299,6 +301,8 @@ def main(argv: list[str]):
         for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
             file.unlink()
         write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+        for task, parts, _ in loaded.values():
+            print(describe(task, parts))
     for run in runs:
         result = finished.get(run.folder)
         if result and (result["kept"] or not run.keep):

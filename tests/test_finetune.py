@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tokenizers
@@ -447,6 +448,19 @@ def test_rows_that_lack_something_are_named(tmp_path, text, values, message):
         labelled_data.load_task("own", args)
 
 
+def test_columns_are_found_or_named_in_any_format(tmp_path):
+    rows = {"id": [1, 2], "body": ["a man", "a woman"], "kind": ["x", "y"], "label": ["p", "q"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    files = dict.fromkeys(("train_file", "validation_file"), str(tmp_path / "rows.parquet"))
+    args = labelled_data.LabelledDataArguments(**files, label_column="kind", text_columns=["body"])
+    task, parts, _ = labelled_data.load_task("own", args)
+    assert task.columns == ("body",) and parts["train"].labels == ["x", "y"]
+    # A pair, as far as can be told: the line says so before anything is trained.
+    task, parts, _ = labelled_data.load_task("own", labelled_data.LabelledDataArguments(**files))
+    said = "rows: body with kind; labels p, q; 2 rows for train, 2 rows for validation"
+    assert labelled_data.describe(task, parts) == said
+
+
 def test_a_label_that_training_has_not_is_named(tmp_path):
     files = own_files(tmp_path, GOOD, GOOD + "a child,z\n")
     with pytest.raises(ValueError, match=r"dev.csv has labels .* not know: z; known are x, y"):
@@ -475,6 +489,19 @@ def test_hidden_labels_of_glue_are_refused(tmp_path):
         labelled_data.load_task("cola", args)
 
 
+def test_a_column_that_a_task_needs_is_named(tmp_path):
+    write_rows(write_glue(tmp_path) / "rte" / "dev.jsonl", [{"sentence1": "a man", "label": 0}])
+    args = labelled_data.LabelledDataArguments(task=["rte"], data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"dev.jsonl has no column sentence2, only sentence1"):
+        labelled_data.load_task("rte", args)
+
+
+def test_a_text_beside_the_rows_of_a_task_is_passed_over(tmp_path):
+    (write_glue(tmp_path) / "cola" / "train.txt").write_text("a man\n")
+    args = labelled_data.LabelledDataArguments(task=["cola"], data_dir=str(tmp_path))
+    assert len(labelled_data.load_task("cola", args)[1]["train"].rows) == 12
+
+
 def test_a_task_that_is_not_in_the_folder_is_named(tmp_path):
     args = labelled_data.LabelledDataArguments(task=["all"], data_dir=str(write_glue(tmp_path)))
     assert args.names() == list(TASKS)
@@ -498,6 +525,14 @@ def test_glue_without_a_network_asks_for_a_folder():
         (
             {"train_file": "a", "validation_file": "b", "text_columns": ["a", "b", "c"]},
             "one or two, got a, b, c",
+        ),
+        (
+            {"task": ["cola"], "label_column": "kind", "problem": "regression"},
+            "leave out --problem, --label_column, or give --train_file",
+        ),
+        (
+            {"train_file": "a", "validation_file": "b", "data_dir": "glue"},
+            "leave out --data_dir glue, or give --task",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
