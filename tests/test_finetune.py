@@ -64,6 +64,29 @@ def stock(tmp_path_factory, vocab):
     return folder
 
 
+@pytest.fixture(scope="module")
+def modern(tmp_path_factory, vocab):
+    """transformers' ModernBERT, which has no token types, and a pre-trained layer before its
+    classifier."""
+    folder = tmp_path_factory.mktemp("modern") / "modern"
+    config = transformers.ModernBertConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
+    # Of a class that transformers 5 names otherwise than 4.
+    backend = transformers.BertTokenizerFast(str(vocab)).backend_tokenizer
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL_TOKENS, strict=True))
+    names = {f"{name}_token": token for name, token in names.items()}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
 def write_rows(file: Path, rows: list[dict]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -185,6 +208,46 @@ def test_a_published_checkpoint_is_trained_as_it_is_by_this_folders_code(name, v
     assert config["pad_token_id"] == 0
 
 
+def built(model: Path, first: Path | None = None, **values):
+    """The classifier of old and other readers that a run of `model` starts from."""
+    task = glue_tasks.Task("own", ("text",), ("old", "other"))
+    args = finetune.ClassifierArguments(model=str(model), **values)
+    return finetune.build_classifier(args, str(first or model), task, load_tokenizer(model), 32)
+
+
+def test_a_pretrained_layer_outside_the_encoder_is_kept(modern, tmp_path):
+    """ModernBERT's head, which was drawn anew: from the MLM, and from an MNLI model."""
+    expected = load_file(modern / "model.safetensors")["head.dense.weight"]
+    model = built(modern)
+    assert torch.equal(model.head.dense.weight, expected)
+    model.save_pretrained(tmp_path)
+    again = built(modern, first=tmp_path)
+    assert torch.equal(again.head.dense.weight, expected)
+    # Of the same shape, but for other labels.
+    assert not torch.equal(again.classifier.weight, model.classifier.weight)
+    assert 0 < again.classifier.weight.std() < 0.04 and not again.classifier.bias.any()
+
+
+def test_a_stock_modernbert_is_trained_and_its_tokenizer_gives_no_token_types(modern, tmp_path):
+    own = write_own(tmp_path, by_age())
+    start(model=modern, learning_rate=1e-3, max_steps=1, cpu_threads=1, **own)
+    folder = own["output_dir"] / "own" / "seed-19"
+    before, after = (load_file(x / "model.safetensors") for x in (modern, folder))
+    trained = [x for x in before.keys() & after if not torch.equal(before[x], after[x])]
+    assert "head.dense.weight" in trained and len(trained) > 10
+    settings = read_json(folder, "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["model_max_length"] == 32
+    assert classify(folder, SENTENCES[0])[0]["label"] in ("old", "other")
+
+
+def test_a_mosaicbert_is_tuned_with_layernorm_as_published(golden, stock):
+    assert built(golden).config.low_precision_layernorm
+    assert not built(golden, low_precision_layernorm=False).config.low_precision_layernorm
+    assert not hasattr(built(stock).config, "low_precision_layernorm")
+
+
 def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
     """transformers 5.0 leaves token types out unless asked."""
     (tmp_path / "tokenizer").mkdir()
@@ -213,7 +276,7 @@ def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.FinetuneTrainer, "train", watched)
     start(model=golden, max_steps=1, cpu_threads=1, **write_own(tmp_path / "1", by_age()))
     rows = [{"text": x, "label": 2.5 if " old " in x else 0.5} for x in SENTENCES]
-    longer = QUICK | {"learning_rate": 3e-3, "num_train_epochs": 30}
+    longer = QUICK | {"num_train_epochs": 30}
     start(model=golden, **longer, **write_own(tmp_path / "2", rows))
     assert precisions == ["bf16", "no"]
     result = result_of(tmp_path / "2" / "out")
@@ -239,6 +302,16 @@ def test_a_classifier_is_trained_on_if_it_knows_the_labels(finetuned, tmp_path):
     after = load_file(out / "model.safetensors")
     differing = {name for name in before if not torch.equal(before[name], after[name])}
     assert differing == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_classifier_without_weights_is_not_taken_for_a_trained_one(finetuned, tmp_path):
+    folder = shutil.copytree(finetuned / "own" / "seed-19", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*: classifier.weight"):
+        built(folder)
+    assert built(folder, new_classifier=True).classifier.weight.std() > 0
 
 
 def test_two_processes_evaluate_every_row_once_and_train_as_one(golden, tmp_path):
@@ -579,6 +652,13 @@ def without_a_layer(golden, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_a_layer_of_another_shape(golden, folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(x for x in weights if "layer.1." in x and x.endswith("bias"))
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def in_jinas_layout(golden, folder):
     shutil.copy(GOLDENS / "jina_v2_tiny" / "config.json", folder)
 
@@ -589,11 +669,12 @@ def in_jinas_layout(golden, folder):
         (without_tokenizer, "(?s)no tokenizer can be loaded from .*--tokenizer_name"),
         (with_a_small_vocabulary, "ids up to 404, .* a vocabulary of 320: give the --tokenizer_"),
         (without_padding, "has no padding token.*--tokenizer_name"),
-        (without_a_layer, r"lacks \d+ weights that its config asks for: bert.encoder.layer.1"),
+        (without_a_layer, r"lacks 11 weights .* that its config asks for: bert.encoder.layer.1"),
+        (with_a_layer_of_another_shape, r"lacks 1 weights of the shapes .*: bert.encoder.layer.1"),
         (in_jinas_layout, "in Jina's layout: python convert_weights.py"),
         (lambda golden, folder: shutil.rmtree(folder), "no folder of a model and no Hub id"),
     ],
-    ids=["tokenizer", "vocabulary", "padding", "layer", "jina", "nothing"],
+    ids=["tokenizer", "vocabulary", "padding", "layer", "shape", "jina", "nothing"],
 )
 def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, message):
     shutil.copytree(golden, tmp_path / "model")
