@@ -357,7 +357,8 @@ def test_rte_and_stsb_start_from_the_first_model_of_mnli(glue):
         # Were it new, as the checkpoint has none, it would be another with each seed.
         assert torch.equal(weights_of(glue, name, 2)[pooler], mnli[pooler]) == starts_there
         start = result_of(glue.out, name, 2)["settings"]["start"]
-        assert start == ("mnli" if starts_there else "model")
+        assert start == ("mnli/seed-1" if starts_there else "model")
+    assert "fine-tuned on MNLI (seed-1)" in card_of(glue.out / "rte" / "seed-1")
     sizes = [len(weights_of(glue, x, 1)["classifier.weight"]) for x in ("mnli", "rte", "stsb")]
     assert sizes == [3, 2, 1]
 
@@ -389,6 +390,53 @@ def test_only_what_is_unfinished_is_run_again(glue, capsys):
     said = capsys.readouterr().out
     assert said.count(" is finished\n") == 7
     assert re.search(r"\| MNLI-\(m/mm\) \| CoLA \| STS-B \| RTE \| Average of these \|\n", said)
+
+
+def test_resumed_runs_start_from_the_mnli_model_that_the_first_started_from(glue):
+    """seed-1 comes first by name; the first seed asked for does not."""
+
+    def starts(*seeds, tasks=("mnli", "rte"), finished=()):
+        command = [*glue.command[: glue.command.index("--seeds")], "--seeds", *seeds]
+        args = labelled_data.LabelledDataArguments(task=list(tasks), data_dir=glue.command[3])
+        loaded = {name: labelled_data.load_task(name, args) for name in args.names()}
+        config = finetune.read_config(glue.command[1])
+        tokenizer = load_tokenizer(glue.command[1])
+        runs = finetune.plan(
+            loaded, dict(finished), config, tokenizer, [*command, "--task", *tasks]
+        )
+        rte = {run.settings["start"] for run in runs if run.name == "rte"}
+        mnli = next((run for run in runs if run.name == "mnli"), None)
+        return rte, mnli and mnli.settings
+
+    rte, settings = starts("2", "1")
+    assert rte == {"mnli/seed-2"}
+    found = {
+        glue.out / "mnli" / f"seed-{seed}": {"task": "mnli", "kept": True, "settings": settings}
+        for seed in (1, 2)
+    }
+    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-2"}
+    found[glue.out / "mnli" / "seed-2"]["kept"] = False
+    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-1"}
+
+
+def test_results_of_an_earlier_version_are_refused_by_name(glue, tmp_path):
+    out = shutil.copytree(glue.out, tmp_path / "out")
+    file = out / "cola" / "seed-1" / "result.json"
+    result = read_json(file)
+    del result["settings"]["low_precision_layernorm"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="with low_precision_layernorm None, not True: choose"):
+        finetune.main([*glue.command, "--output_dir", str(out)])
+
+
+def test_the_best_epochs_model_is_not_taken_for_the_last_ones(stock, tmp_path):
+    command = QUICK | {"model": stock, "num_train_epochs": 2} | write_own(tmp_path, by_age())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "matthews"}
+    start(**command, **best, eval_strategy="epoch", save_strategy="epoch")
+    with pytest.raises(ValueError, match="made with best_of .*matthews.*, not False"):
+        start(**command)
 
 
 @pytest.mark.parametrize("changed", ["learning_rate", "data", "weights"])
@@ -460,7 +508,8 @@ def test_the_table_has_the_model_cards_columns():
     scores = {name: {"score": glue_tasks.summary([0.5, 0.6])} for name in reversed(TASKS)}
     head, _, row = glue_tasks.table(scores).splitlines()
     assert head == ("| MNLI-(m/mm) | QQP | QNLI | SST-2 | CoLA | STS-B | MRPC | RTE | Average |")
-    assert row == "|" + " 55.00 ± 7.07 |" * 8 + " 55.00 |"
+    assert row == "|" + " 55.00 ± 7.07 (n = 2) |" * 8 + " 55.00 |"
+    assert glue_tasks.table({"rte": {"score": glue_tasks.summary([0.5])}}).endswith("| 50.00 |")
 
 
 @pytest.mark.parametrize("name", TASKS)
