@@ -34,6 +34,9 @@ class ClassifierArguments:
     attention_probs_dropout_prob: float | None = option(
         None, "None: 0 in a MosaicBERT, as published; in others the model's own"
     )
+    low_precision_layernorm: bool = option(
+        True, "of a MosaicBERT, as published: LayerNorm in autocast's dtype, not in float32"
+    )
     attn_implementation: str | None = option(None, "None: the best that the device has")
     trust_remote_code: bool = option(
         False, "run the code that a model brings; a MosaicBERT always runs this folder's"
@@ -124,11 +127,14 @@ def is_trained_on(name: str, config, task: Task) -> bool:
 def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenizer, most: int):
     """The weights of `start` under a classifier for the task, new unless trained on it already.
 
+    Other layers outside the encoder, as ModernBERT's prediction head, stay as pre-trained.
+
     Args:
         most: tokens that a row may have.
 
     Raises:
-        ValueError: weights other than the classifier's and the pooler's are missing.
+        ValueError: weights are missing, other than those of a new classifier or of the pooler under
+            it.
     """
     config = read_config(start, args.trust_remote_code)
     is_new = args.new_classifier or start != args.model or not is_trained_on(start, config, task)
@@ -142,6 +148,7 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
     model_class = AutoModelForSequenceClassification
     if config.model_type == "mosaic_bert":
         config.attention_probs_dropout_prob = 0.0
+        config.low_precision_layernorm = args.low_precision_layernorm
         config.pad_token_id = tokenizer.pad_token_id
         length = max(config.alibi_starting_size, most)
         config.alibi_starting_size = config.max_position_embeddings = length
@@ -155,19 +162,26 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
         attn_implementation=args.attn_implementation,
         # What AdamW updates; transformers 5 would take the checkpoint's.
         dtype=torch.float32,
-        ignore_mismatched_sizes=is_new,
+        # Refused below, unless they are the classifier's.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **options,
     )
     inside = set(map(id, model.base_model.parameters()))
     encoder = {name for name, x in model.named_parameters() if id(x) in inside}
-    absent = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    if lost := sorted(name for name in absent & encoder if "pooler" not in name):
-        raise ValueError(f"{start} lacks {len(lost)} weights that its config asks for: {lost[0]}")
+    # transformers 5 gives shapes with the names.
+    mismatched = {x if isinstance(x, str) else x[0] for x in loaded["mismatched_keys"]}
+    absent = {*loaded["missing_keys"], *mismatched}
+    needed = {name for name in encoder if "pooler" not in name} if is_new else absent
+    if lost := sorted(absent & needed):
+        raise ValueError(
+            f"{start} lacks {len(lost)} weights of the shapes that its config asks for: {lost[0]}"
+        )
     if is_new:
-        # Also where one of the same shape was loaded.
+        # What the checkpoint lacks is new already, a classifier of the same shape was loaded.
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and f"{name}.weight" not in encoder:
+            outside = isinstance(module, nn.Linear) and f"{name}.weight" not in encoder | absent
+            if outside and module.out_features == config.num_labels:
                 nn.init.normal_(module.weight, std=getattr(config, "initializer_range", 0.02))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -46,11 +46,11 @@ from glue_tasks import (
     table,
     write_json,
 )
-from labelled_data import LabelledDataArguments, Part, encode, load_task
+from labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from publishing import make_tokenizer_portable, publish, write_card
 from recipe import RecipeArguments, option
 from train_callbacks import LogFile
-from train_mlm import hub_id, is_ours, one_gpu_each, use_all_cores
+from train_mlm import attention_backend, hub_id, is_ours, one_gpu_each, use_all_cores
 
 # Of the arguments, what a result depends on.
 SETTINGS = (
@@ -100,10 +100,14 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
-        config = self.model.config
-        if self.args.should_save and has_token_types(config):
-            folder = output_dir or self.args.output_dir
-            make_tokenizer_portable(folder, config.max_position_embeddings)
+        if self.args.should_save:
+            config, tokenizer = self.model.config, self.processing_class
+            most = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            make_tokenizer_portable(
+                output_dir or self.args.output_dir,
+                longest(config, tokenizer, most),
+                has_token_types(config),
+            )
 
 
 @dataclass
@@ -142,6 +146,8 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         compute_metrics=lambda found: metrics(found.predictions, found.label_ids),
         callbacks=[LogFile()],
     )
+    backend = attention_backend(model, args)
+    trainer.accelerator.print(f"{run.folder}: from {run.start}, attention {backend}")
     seconds = trainer.train().metrics["train_runtime"]
     found = {}
     for suffix, split in task.validation.items():
@@ -171,7 +177,7 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args, ours: b
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
     start = hub_id(model_args.model) or Path(model_args.model).name
-    if run.settings["start"] == "mnli":
+    if run.settings["start"] != "model":
         start = f"{start}, fine-tuned on MNLI ({Path(run.start).name})"
     facts = {
         "task": f"{task.title}: {', '.join(task.labels) if task.labels else 'a score'}",
@@ -230,30 +236,38 @@ def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> l
     model_args, data, args = parse(argv)
     folder, model = Path(args.output_dir), model_args.model
     weights = {"weights": model_args.version()}
-    of_mnli = [x for x, result in finished.items() if result["task"] == "mnli" and result["kept"]]
+    of_mnli = {x for x, result in finished.items() if result["task"] == "mnli" and result["kept"]}
     runs = []
     for name, (task, parts, source) in loaded.items():
-        start = str(of_mnli[0]) if task.from_mnli and of_mnli else model
+        seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
+        first = folder / "mnli" / f"seed-{seeds[0]}"
+        start = model
+        if task.from_mnli and of_mnli:
+            start = str(first if first in of_mnli else min(of_mnli))
         if start == model and not model_args.new_classifier:
             is_trained_on(model, config, task)
         own = parse([*task.flags(), *argv])[-1]
-        settings = weights | {"start": "model" if start == model else "mnli", "data": source}
+        place = "model" if start == model else f"mnli/{Path(start).name}"
+        settings = weights | {"start": place, "data": source}
         settings["max_seq_length"] = longest(config, tokenizer, data.max_seq_length)
         settings["train_rows"] = len(parts["train"].rows)
         settings["rows_per_step"] = own.rows_per_step()
         settings |= {key: getattr(own, key) for key in SETTINGS}
+        settings["best_of"] = own.load_best_model_at_end and [
+            *(own.metric_for_best_model, own.greater_is_better, own.eval_strategy, own.eval_steps)
+        ]
         settings["dropout"] = model_args.dropout()
+        settings["low_precision_layernorm"] = model_args.low_precision_layernorm
         settings["tokenizer_name"] = model_args.tokenizer_name
         settings["new_classifier"] = model_args.new_classifier
         settings["columns"] = [*task.columns, data.label_column]
         settings["labels"] = task.labels and list(task.labels)
         check_settings(finished, name, settings)
-        seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
         for seed in seeds:
             keep = seed == seeds[0] or args.save_all_seeds
             runs.append(Run(name, seed, folder / name / f"seed-{seed}", start, keep, settings))
-        if name == "mnli" and runs[-len(seeds)].folder not in finished:
-            of_mnli.insert(0, runs[-len(seeds)].folder)
+        if name == "mnli":
+            of_mnli.add(first)
     # Results of tasks that are not asked for now, which results.json has too.
     check_settings(finished, None, weights)
     return runs
@@ -263,7 +277,7 @@ def check_settings(finished: dict[Path, dict], name: str | None, settings: dict)
     """ValueError: a result of this task, or of any if None, has other settings."""
     for folder, result in finished.items():
         for key, value in settings.items():
-            theirs = result["settings"][key]
+            theirs = result["settings"].get(key)
             if name in (None, result["task"]) and theirs != value:
                 raise ValueError(
                     f"{folder} was made with {key} {theirs}, not {value}: choose another "
@@ -295,6 +309,8 @@ def main(argv: list[str]):
         for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
             file.unlink()
         write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+        for task, parts, _ in loaded.values():
+            print(describe(task, parts))
     for run in runs:
         result = finished.get(run.folder)
         if result and (result["kept"] or not run.keep):

@@ -17,6 +17,7 @@ from glue_tasks import TASKS, Task
 from prepare_data import FORMATS, parallel
 from recipe import option
 
+ROW_FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if kind != "text"}
 # The task of files, and of the folder that its results are in.
 OWN = "own"
 
@@ -47,6 +48,18 @@ class LabelledDataArguments:
             raise ValueError("give both --train_file and --validation_file")
         if unknown := sorted(set(self.task or []) - {"all", *TASKS}):
             raise ValueError(f"unknown --task {', '.join(unknown)}: all, or {', '.join(TASKS)}")
+        of_files = (
+            *(("text_columns", self.text_columns), ("problem", self.problem)),
+            ("label_column", self.label_column != "label"),
+        )
+        if self.task and (given := [f"--{name}" for name, value in of_files if value]):
+            raise ValueError(
+                f"leave out {', '.join(given)}, or give --train_file: a task has its own columns"
+            )
+        if self.train_file and self.data_dir:
+            raise ValueError(
+                f"leave out --data_dir {self.data_dir}, or give --task: --train_file is a path"
+            )
         if self.text_columns and len(self.text_columns) > 2:
             raise ValueError(f"--text_columns are one or two, got {', '.join(self.text_columns)}")
 
@@ -61,7 +74,6 @@ class LabelledDataArguments:
 class Part:
     """Rows of a split, and their labels: names, or floats for regression."""
 
-    where: str
     rows: datasets.Dataset
     labels: list[str] | list[float]
 
@@ -98,8 +110,15 @@ def load_task(name: str, args: LabelledDataArguments) -> tuple[Task, dict[str, P
         if name in TASKS and task.labels:
             names = dict(enumerate(task.labels))
             values = [names.get(value, value) for value in values]
-        parts[split] = Part(where, rows, as_labels(where, values, task))
+        parts[split] = Part(rows, as_labels(where, values, task))
     return task, parts, source
+
+
+def describe(task: Task, parts: dict[str, Part]) -> str:
+    """What is read of which rows."""
+    kind = f"labels {', '.join(task.labels)}" if task.labels else "scores"
+    sizes = (f"{len(part.rows):,} rows for {split}" for split, part in parts.items())
+    return f"{task.title}: {' with '.join(task.columns)}; {kind}; {', '.join(sizes)}"
 
 
 def own_task(task: Task, where: str, rows, args: LabelledDataArguments) -> Task:
@@ -155,7 +174,7 @@ def glue_files(name: str, task: Task, data_dir: str | None) -> dict[str, Path]:
     files = {}
     for split in ("train", *task.validation.values()):
         stems = (split, split.replace("validation", "dev"))
-        paths = [Path(data_dir, name, stem + suffix) for stem in stems for suffix in FORMATS]
+        paths = [Path(data_dir, name, stem + suffix) for stem in stems for suffix in ROW_FORMATS]
         found = [path for path in paths if path.is_file()]
         if not found:
             raise ValueError(
@@ -167,8 +186,8 @@ def glue_files(name: str, task: Task, data_dir: str | None) -> dict[str, Path]:
 
 
 def read_rows(file: Path) -> datasets.Dataset:
-    kind = FORMATS.get(file.suffix, "text")
-    if kind == "text":
+    kind = ROW_FORMATS.get(file.suffix)
+    if kind is None:
         raise ValueError(f"{file}: give a .csv, .json, .jsonl or .parquet file")
     if not file.is_file():
         raise ValueError(f"there is no file {file}")

@@ -128,20 +128,22 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
     return BertTokenizerFast(str(vocab), do_lower_case=lowercase)
 
 
-def make_tokenizer_portable(folder: str | Path, max_length: int):
-    """Lets transformers 4 and 5 load a saved tokenizer alike, both with token_type_ids.
+def make_tokenizer_portable(folder: str | Path, max_length: int, token_types: bool = True):
+    """Lets transformers 4 and 5 load a saved tokenizer alike.
 
     transformers 5 writes a class that 4 does not have, and 5.0 omits token types unless asked.
 
     Args:
         max_length: where `truncation=True` cuts, in tokens.
+        token_types: whether the model takes token_type_ids.
     """
     file = Path(folder, "tokenizer_config.json")
     settings = json.loads(file.read_text())
     is_bert = settings["tokenizer_class"].startswith("BertTokenizer")
     settings["tokenizer_class"] = "BertTokenizer" if is_bert else "PreTrainedTokenizerFast"
     settings["model_max_length"] = max_length
-    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    types = ["token_type_ids"] if token_types else []
+    settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -185,12 +185,6 @@ class RecipeArguments(TrainingArguments):
     logging_steps: float = 50
     # The filter would wait for the device at every step, and hide what should stop the run.
     logging_nan_inf_filter: bool = False
-    divergence: float = option(
-        2.0, "nats that the loss between two logs may be above the lowest so far; more stops"
-    )
-    peak_tflops: float | None = option(
-        None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
-    )
     # Every parameter is used in every step.
     ddp_find_unused_parameters: bool | None = False
     report_to: str = "none"
@@ -250,6 +244,18 @@ class RecipeArguments(TrainingArguments):
         return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
 
 
+@dataclass
+class PretrainingArguments(RecipeArguments):
+    """RecipeArguments with what train_mlm.py watches."""
+
+    divergence: float = option(
+        2.0, "nats that the loss between two logs may be above the lowest so far; more stops"
+    )
+    peak_tflops: float | None = option(
+        None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
+    )
+
+
 def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches of a step), for each device.
 
@@ -282,7 +288,7 @@ def try_split(rows: int, devices: int, most: int) -> tuple[int, int] | None:
 
 def parse(argv: list[str]):
     """The groups of arguments, from `[recipe.yaml] [--flag value ...]`; flags come last and win."""
-    groups = (ModelArguments, TokenizerArguments, DataArguments, RecipeArguments)
+    groups = (ModelArguments, TokenizerArguments, DataArguments, PretrainingArguments)
     if argv and argv[0].endswith((".yaml", ".yml")):
         known = {field.name for group in groups for field in fields(group)}
         argv = recipe_flags(argv[0], known) + argv[1:]

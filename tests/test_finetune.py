@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tokenizers
@@ -60,6 +61,29 @@ def stock(tmp_path_factory, vocab):
     )
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     transformers.BertTokenizerFast(str(vocab)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def modern(tmp_path_factory, vocab):
+    """transformers' ModernBERT, which has no token types, and a pre-trained layer before its
+    classifier."""
+    folder = tmp_path_factory.mktemp("modern") / "modern"
+    config = transformers.ModernBertConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
+    # Of a class that transformers 5 names otherwise than 4.
+    backend = transformers.BertTokenizerFast(str(vocab)).backend_tokenizer
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL_TOKENS, strict=True))
+    names = {f"{name}_token": token for name, token in names.items()}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder
 
 
@@ -184,6 +208,46 @@ def test_a_published_checkpoint_is_trained_as_it_is_by_this_folders_code(name, v
     assert config["pad_token_id"] == 0
 
 
+def built(model: Path, first: Path | None = None, **values):
+    """The classifier of old and other readers that a run of `model` starts from."""
+    task = glue_tasks.Task("own", ("text",), ("old", "other"))
+    args = finetune.ClassifierArguments(model=str(model), **values)
+    return finetune.build_classifier(args, str(first or model), task, load_tokenizer(model), 32)
+
+
+def test_a_pretrained_layer_outside_the_encoder_is_kept(modern, tmp_path):
+    """ModernBERT's head, which was drawn anew: from the MLM, and from an MNLI model."""
+    expected = load_file(modern / "model.safetensors")["head.dense.weight"]
+    model = built(modern)
+    assert torch.equal(model.head.dense.weight, expected)
+    model.save_pretrained(tmp_path)
+    again = built(modern, first=tmp_path)
+    assert torch.equal(again.head.dense.weight, expected)
+    # Of the same shape, but for other labels.
+    assert not torch.equal(again.classifier.weight, model.classifier.weight)
+    assert 0 < again.classifier.weight.std() < 0.04 and not again.classifier.bias.any()
+
+
+def test_a_stock_modernbert_is_trained_and_its_tokenizer_gives_no_token_types(modern, tmp_path):
+    own = write_own(tmp_path, by_age())
+    start(model=modern, learning_rate=1e-3, max_steps=1, cpu_threads=1, **own)
+    folder = own["output_dir"] / "own" / "seed-19"
+    before, after = (load_file(x / "model.safetensors") for x in (modern, folder))
+    trained = [x for x in before.keys() & after if not torch.equal(before[x], after[x])]
+    assert "head.dense.weight" in trained and len(trained) > 10
+    settings = read_json(folder, "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["model_max_length"] == 32
+    assert classify(folder, SENTENCES[0])[0]["label"] in ("old", "other")
+
+
+def test_a_mosaicbert_is_tuned_with_layernorm_as_published(golden, stock):
+    assert built(golden).config.low_precision_layernorm
+    assert not built(golden, low_precision_layernorm=False).config.low_precision_layernorm
+    assert not hasattr(built(stock).config, "low_precision_layernorm")
+
+
 def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
     """transformers 5.0 leaves token types out unless asked."""
     (tmp_path / "tokenizer").mkdir()
@@ -212,7 +276,7 @@ def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.FinetuneTrainer, "train", watched)
     start(model=golden, max_steps=1, cpu_threads=1, **write_own(tmp_path / "1", by_age()))
     rows = [{"text": x, "label": 2.5 if " old " in x else 0.5} for x in SENTENCES]
-    longer = QUICK | {"learning_rate": 3e-3, "num_train_epochs": 30}
+    longer = QUICK | {"num_train_epochs": 30}
     start(model=golden, **longer, **write_own(tmp_path / "2", rows))
     assert precisions == ["bf16", "no"]
     result = result_of(tmp_path / "2" / "out")
@@ -238,6 +302,16 @@ def test_a_classifier_is_trained_on_if_it_knows_the_labels(finetuned, tmp_path):
     after = load_file(out / "model.safetensors")
     differing = {name for name in before if not torch.equal(before[name], after[name])}
     assert differing == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_classifier_without_weights_is_not_taken_for_a_trained_one(finetuned, tmp_path):
+    folder = shutil.copytree(finetuned / "own" / "seed-19", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*: classifier.weight"):
+        built(folder)
+    assert built(folder, new_classifier=True).classifier.weight.std() > 0
 
 
 def test_two_processes_evaluate_every_row_once_and_train_as_one(golden, tmp_path):
@@ -283,7 +357,8 @@ def test_rte_and_stsb_start_from_the_first_model_of_mnli(glue):
         # Were it new, as the checkpoint has none, it would be another with each seed.
         assert torch.equal(weights_of(glue, name, 2)[pooler], mnli[pooler]) == starts_there
         start = result_of(glue.out, name, 2)["settings"]["start"]
-        assert start == ("mnli" if starts_there else "model")
+        assert start == ("mnli/seed-1" if starts_there else "model")
+    assert "fine-tuned on MNLI (seed-1)" in card_of(glue.out / "rte" / "seed-1")
     sizes = [len(weights_of(glue, x, 1)["classifier.weight"]) for x in ("mnli", "rte", "stsb")]
     assert sizes == [3, 2, 1]
 
@@ -315,6 +390,53 @@ def test_only_what_is_unfinished_is_run_again(glue, capsys):
     said = capsys.readouterr().out
     assert said.count(" is finished\n") == 7
     assert re.search(r"\| MNLI-\(m/mm\) \| CoLA \| STS-B \| RTE \| Average of these \|\n", said)
+
+
+def test_resumed_runs_start_from_the_mnli_model_that_the_first_started_from(glue):
+    """seed-1 comes first by name; the first seed asked for does not."""
+
+    def starts(*seeds, tasks=("mnli", "rte"), finished=()):
+        command = [*glue.command[: glue.command.index("--seeds")], "--seeds", *seeds]
+        args = labelled_data.LabelledDataArguments(task=list(tasks), data_dir=glue.command[3])
+        loaded = {name: labelled_data.load_task(name, args) for name in args.names()}
+        config = finetune.read_config(glue.command[1])
+        tokenizer = load_tokenizer(glue.command[1])
+        runs = finetune.plan(
+            loaded, dict(finished), config, tokenizer, [*command, "--task", *tasks]
+        )
+        rte = {run.settings["start"] for run in runs if run.name == "rte"}
+        mnli = next((run for run in runs if run.name == "mnli"), None)
+        return rte, mnli and mnli.settings
+
+    rte, settings = starts("2", "1")
+    assert rte == {"mnli/seed-2"}
+    found = {
+        glue.out / "mnli" / f"seed-{seed}": {"task": "mnli", "kept": True, "settings": settings}
+        for seed in (1, 2)
+    }
+    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-2"}
+    found[glue.out / "mnli" / "seed-2"]["kept"] = False
+    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-1"}
+
+
+def test_results_of_an_earlier_version_are_refused_by_name(glue, tmp_path):
+    out = shutil.copytree(glue.out, tmp_path / "out")
+    file = out / "cola" / "seed-1" / "result.json"
+    result = read_json(file)
+    del result["settings"]["low_precision_layernorm"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="with low_precision_layernorm None, not True: choose"):
+        finetune.main([*glue.command, "--output_dir", str(out)])
+
+
+def test_the_best_epochs_model_is_not_taken_for_the_last_ones(stock, tmp_path):
+    command = QUICK | {"model": stock, "num_train_epochs": 2} | write_own(tmp_path, by_age())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "matthews"}
+    start(**command, **best, eval_strategy="epoch", save_strategy="epoch")
+    with pytest.raises(ValueError, match="made with best_of .*matthews.*, not False"):
+        start(**command)
 
 
 @pytest.mark.parametrize("changed", ["learning_rate", "data", "weights"])
@@ -386,7 +508,8 @@ def test_the_table_has_the_model_cards_columns():
     scores = {name: {"score": glue_tasks.summary([0.5, 0.6])} for name in reversed(TASKS)}
     head, _, row = glue_tasks.table(scores).splitlines()
     assert head == ("| MNLI-(m/mm) | QQP | QNLI | SST-2 | CoLA | STS-B | MRPC | RTE | Average |")
-    assert row == "|" + " 55.00 ± 7.07 |" * 8 + " 55.00 |"
+    assert row == "|" + " 55.00 ± 7.07 (n = 2) |" * 8 + " 55.00 |"
+    assert glue_tasks.table({"rte": {"score": glue_tasks.summary([0.5])}}).endswith("| 50.00 |")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -447,6 +570,19 @@ def test_rows_that_lack_something_are_named(tmp_path, text, values, message):
         labelled_data.load_task("own", args)
 
 
+def test_columns_are_found_or_named_in_any_format(tmp_path):
+    rows = {"id": [1, 2], "body": ["a man", "a woman"], "kind": ["x", "y"], "label": ["p", "q"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    files = dict.fromkeys(("train_file", "validation_file"), str(tmp_path / "rows.parquet"))
+    args = labelled_data.LabelledDataArguments(**files, label_column="kind", text_columns=["body"])
+    task, parts, _ = labelled_data.load_task("own", args)
+    assert task.columns == ("body",) and parts["train"].labels == ["x", "y"]
+    # A pair, as far as can be told: the line says so before anything is trained.
+    task, parts, _ = labelled_data.load_task("own", labelled_data.LabelledDataArguments(**files))
+    said = "rows: body with kind; labels p, q; 2 rows for train, 2 rows for validation"
+    assert labelled_data.describe(task, parts) == said
+
+
 def test_a_label_that_training_has_not_is_named(tmp_path):
     files = own_files(tmp_path, GOOD, GOOD + "a child,z\n")
     with pytest.raises(ValueError, match=r"dev.csv has labels .* not know: z; known are x, y"):
@@ -475,6 +611,19 @@ def test_hidden_labels_of_glue_are_refused(tmp_path):
         labelled_data.load_task("cola", args)
 
 
+def test_a_column_that_a_task_needs_is_named(tmp_path):
+    write_rows(write_glue(tmp_path) / "rte" / "dev.jsonl", [{"sentence1": "a man", "label": 0}])
+    args = labelled_data.LabelledDataArguments(task=["rte"], data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"dev.jsonl has no column sentence2, only sentence1"):
+        labelled_data.load_task("rte", args)
+
+
+def test_a_text_beside_the_rows_of_a_task_is_passed_over(tmp_path):
+    (write_glue(tmp_path) / "cola" / "train.txt").write_text("a man\n")
+    args = labelled_data.LabelledDataArguments(task=["cola"], data_dir=str(tmp_path))
+    assert len(labelled_data.load_task("cola", args)[1]["train"].rows) == 12
+
+
 def test_a_task_that_is_not_in_the_folder_is_named(tmp_path):
     args = labelled_data.LabelledDataArguments(task=["all"], data_dir=str(write_glue(tmp_path)))
     assert args.names() == list(TASKS)
@@ -498,6 +647,14 @@ def test_glue_without_a_network_asks_for_a_folder():
         (
             {"train_file": "a", "validation_file": "b", "text_columns": ["a", "b", "c"]},
             "one or two, got a, b, c",
+        ),
+        (
+            {"task": ["cola"], "label_column": "kind", "problem": "regression"},
+            "leave out --problem, --label_column, or give --train_file",
+        ),
+        (
+            {"train_file": "a", "validation_file": "b", "data_dir": "glue"},
+            "leave out --data_dir glue, or give --task",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -544,6 +701,13 @@ def without_a_layer(golden, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_a_layer_of_another_shape(golden, folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(x for x in weights if "layer.1." in x and x.endswith("bias"))
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def in_jinas_layout(golden, folder):
     shutil.copy(GOLDENS / "jina_v2_tiny" / "config.json", folder)
 
@@ -554,11 +718,12 @@ def in_jinas_layout(golden, folder):
         (without_tokenizer, "(?s)no tokenizer can be loaded from .*--tokenizer_name"),
         (with_a_small_vocabulary, "ids up to 404, .* a vocabulary of 320: give the --tokenizer_"),
         (without_padding, "has no padding token.*--tokenizer_name"),
-        (without_a_layer, r"lacks \d+ weights that its config asks for: bert.encoder.layer.1"),
+        (without_a_layer, r"lacks 11 weights .* that its config asks for: bert.encoder.layer.1"),
+        (with_a_layer_of_another_shape, r"lacks 1 weights of the shapes .*: bert.encoder.layer.1"),
         (in_jinas_layout, "in Jina's layout: python convert_weights.py"),
         (lambda golden, folder: shutil.rmtree(folder), "no folder of a model and no Hub id"),
     ],
-    ids=["tokenizer", "vocabulary", "padding", "layer", "jina", "nothing"],
+    ids=["tokenizer", "vocabulary", "padding", "layer", "shape", "jina", "nothing"],
 )
 def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, message):
     shutil.copytree(golden, tmp_path / "model")
@@ -573,6 +738,7 @@ def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, messa
         ({"output_dir": ""}, "give --output_dir"),
         ({"model": ""}, "give --model"),
         ({"seed": 3}, "give --seeds"),
+        ({"divergence": 3}, "not used .*--divergence"),
         ({"resume_from_checkpoint": "last"}, "the same command again runs what is unfinished"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
