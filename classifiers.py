@@ -34,6 +34,9 @@ class ClassifierArguments:
     attention_probs_dropout_prob: float | None = option(
         None, "None: 0 in a MosaicBERT, as published; in others the model's own"
     )
+    low_precision_layernorm: bool = option(
+        True, "of a MosaicBERT, as published: LayerNorm in autocast's dtype, not in float32"
+    )
     attn_implementation: str | None = option(None, "None: the best that the device has")
     trust_remote_code: bool = option(
         False, "run the code that a model brings; a MosaicBERT always runs this folder's"
@@ -72,8 +75,6 @@ def read_config(name: str, trust_remote_code: bool = False):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
     values |= {"model_type": ours.model_type, "auto_map": ours.auto_map}
-    # Published configs do not say how they were trained, and are to be tuned.
-    values.setdefault("low_precision_layernorm", True)
     return type(ours).from_dict(values)
 
 
@@ -147,6 +148,7 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
     model_class = AutoModelForSequenceClassification
     if config.model_type == "mosaic_bert":
         config.attention_probs_dropout_prob = 0.0
+        config.low_precision_layernorm = args.low_precision_layernorm
         config.pad_token_id = tokenizer.pad_token_id
         length = max(config.alibi_starting_size, most)
         config.alibi_starting_size = config.max_position_embeddings = length

@@ -257,6 +257,7 @@ def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> l
             *(own.metric_for_best_model, own.greater_is_better, own.eval_strategy, own.eval_steps)
         ]
         settings["dropout"] = model_args.dropout()
+        settings["low_precision_layernorm"] = model_args.low_precision_layernorm
         settings["tokenizer_name"] = model_args.tokenizer_name
         settings["new_classifier"] = model_args.new_classifier
         settings["columns"] = [*task.columns, data.label_column]

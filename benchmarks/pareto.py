@@ -149,6 +149,7 @@ def finetuning(args, name: str, seed: int, folder: Path) -> list:
     # Learned positions have no more.
     length = data_of(args.prepared_data).max_seq_length
     flags = {"model": folder, "data_dir": args.glue, "seeds": seed, "max_seq_length": length}
+    flags |= {x: y for x, y in MODELS[name].items() if x == "low_precision_layernorm"}
     return command(name, "finetune.py", folder / "glue", words, **flags)
 
 
