@@ -6,6 +6,7 @@ from statistics import mean
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.interpolate import interp1d
 
 TITLES = {
@@ -34,24 +35,31 @@ def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False)
 
 
 def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
-    """What MosaicBERT has at this cost, a value for each seed; none beyond a tenth more or less
-    than its runs cost."""
-    values = []
-    for seed in {run["seed"] for run in ours}:
-        runs = sorted((run for run in ours if run["seed"] == seed), key=lambda run: run[axis])
-        if len(runs) > 1 and runs[0][axis] / 1.1 <= cost <= runs[-1][axis] * 1.1:
-            costs, heights = np.log([run[axis] for run in runs]), [run[y] for run in runs]
-            values.append(float(interp1d(costs, heights, fill_value="extrapolate")(np.log(cost))))
-    return values
+    """What MosaicBERT has at this cost, a value for each seed: between its budgets linearly over
+    the cost's logarithm; none beyond a tenth less or more than they cost on average."""
+    budgets = {}
+    for run in sorted(ours, key=lambda run: (run["minutes"], run["seed"])):
+        budgets.setdefault(run["minutes"], []).append(run)
+    costs = [mean(run[axis] for run in runs) for runs in budgets.values()]
+    if len(costs) < 2 or not costs[0] / 1.1 <= cost <= costs[-1] * 1.1:
+        return []
+    heights = [[run[y] for run in runs] for runs in budgets.values()]  # (budgets, seeds)
+    line = interp1d(np.log(costs), heights, axis=0, fill_value="extrapolate")
+    return line(np.log(cost)).tolist()
 
 
 def compared(runs: list[dict], ours: list[dict], axis: str, y: str) -> str | None:
-    """How much more of y the runs have than MosaicBERT at equal cost, and what that is."""
-    theirs, at_equal = [x[y] for x in runs], ours_at(mean(x[axis] for x in runs), axis, y, ours)
-    if not at_equal:
+    """How much more of y the runs have than MosaicBERT at equal cost, and what that is: the same
+    at the least and the most that a seed of theirs cost, or it is "same". None: unknown."""
+    theirs, costs = [run[y] for run in runs], [run[axis] for run in runs]
+    if not (at_equal := ours_at(mean(costs), axis, y, ours)):
         return None
-    said = claim(theirs, at_equal, lower_is_better=y == "eval_loss") or "unclaimed"
-    return f"{mean(theirs) - mean(at_equal):+.3f} {said}"
+    found = {
+        claim(theirs, ours_at(cost, axis, y, ours) or at_equal, lower_is_better=y == "eval_loss")
+        for cost in (min(costs), max(costs))
+    }
+    said = found.pop() if len(found) == 1 else "same"
+    return f"{mean(theirs) - mean(at_equal):+.3f} {said or 'unclaimed'}"
 
 
 def summary(runs: list[dict], ours: list[dict]) -> dict:
@@ -86,6 +94,10 @@ def draw(rows: list[dict], path: Path):
                 panel.errorbar(places, heights, bars, label=title if points else None, **look)
                 panel.set(xscale="log", xlabel=f"{x} of pre-training")
                 panel.grid(alpha=0.3)
+    for panel in grid.flat:
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     for row in rows:
         if row["model"] == "untrained":
             for panel in grid[1]:

@@ -105,17 +105,26 @@ def test_a_difference_is_claimed_beyond_the_spread_over_seeds(theirs, ours, expe
 
 def test_what_ours_has_at_equal_cost_is_between_its_budgets():
     runs = [
-        {"seed": seed, "seconds": 30 * 4**i, "eval_loss": 6 - i + seed}
+        {"seed": seed, "minutes": i, "seconds": 30 * 4**i + seed, "eval_loss": 6 - i + seed / 10}
         for i in (0, 1)
-        for seed in (1, 2)
+        for seed in (-1, 0, 1)
     ]
-    assert pareto_results.ours_at(60, "seconds", "eval_loss", runs) == pytest.approx([6.5, 7.5])
-    assert pareto_results.ours_at(132, "seconds", "eval_loss", runs)[0] < 6
-    for too_far in (26, 133):
-        assert pareto_results.ours_at(too_far, "seconds", "eval_loss", runs) == []
-    theirs = [{"seconds": 60, "eval_loss": 8.0}] * 2
-    found = pareto_results.compared(theirs, runs, "seconds", "eval_loss")
-    assert found == "+1.000 unclaimed"
+
+    def at(seconds):
+        return pareto_results.ours_at(seconds, "seconds", "eval_loss", runs)
+
+    assert at(60) == pytest.approx([5.4, 5.5, 5.6])
+    assert at(132)[1] < 5
+    assert at(26) == at(133) == []
+
+    def compared(loss, *seconds):
+        theirs = [{"seconds": x, "eval_loss": loss} for x in seconds]
+        return pareto_results.compared(theirs, runs, "seconds", "eval_loss")
+
+    assert compared(5.8, 60, 60, 60) == "+0.300 worse"
+    assert compared(5.8, 60, 60) == "+0.300 unclaimed"
+    # One of them was no slower than where ours has as much.
+    assert compared(5.8, 40, 60, 80) == "+0.300 same"
 
 
 def test_dense_logits_are_of_all_tokens_and_have_the_same_loss(build):
