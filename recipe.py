@@ -165,7 +165,7 @@ class RecipeArguments(TrainingArguments):
         "micro-batches. None: per_device_train_batch_size on each",
     )
     per_device_train_batch_size: int = option(64, "most rows that a device takes at once")
-    per_device_eval_batch_size: int | None = option(None, "None: rows of a micro-batch")
+    per_device_eval_batch_size: int = 64
     learning_rate: float = option(5e-4, "at its peak")
     lr_end: float = option(0.0, "at the end, as a share of the peak; 0.02 in the published YAML")
     warmup_share: float = option(0.06, "of all steps, unless warmup_steps is above 0")
@@ -229,8 +229,6 @@ class RecipeArguments(TrainingArguments):
             self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
                 self.global_batch_size, self.world_size, self.per_device_train_batch_size
             )
-        if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = self.per_device_train_batch_size
 
     def rows_per_step(self) -> int:
         """Rows that an optimizer step sees on all devices together."""
