@@ -253,7 +253,7 @@ def main():
     records, found = finished(args), {}
     for key in args.plan:
         found.setdefault(key[:2], []).append(records[key])
-    ours = [x for key, x in records.items() if key[0] == "mosaic"]
+    ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     rows = [summary(runs, ours) for runs in found.values()]
     draw(rows, args.results / "pareto.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
