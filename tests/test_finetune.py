@@ -39,6 +39,15 @@ def vocab(tmp_path_factory):
     return file
 
 
+STOCK_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+
+
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory, vocab):
     """A converted published checkpoint, of an MLM."""
@@ -51,14 +60,7 @@ def golden(tmp_path_factory, vocab):
 def stock(tmp_path_factory, vocab):
     """transformers' own BERT, which has learned positions, 16 of them."""
     folder = tmp_path_factory.mktemp("stock") / "stock"
-    config = transformers.BertConfig(
-        vocab_size=320,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=16,
-    )
+    config = transformers.BertConfig(**STOCK_SIZES, max_position_embeddings=16)
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     transformers.BertTokenizerFast(str(vocab)).save_pretrained(folder)
     return folder
@@ -70,13 +72,7 @@ def modern(tmp_path_factory, vocab):
     classifier."""
     folder = tmp_path_factory.mktemp("modern") / "modern"
     config = transformers.ModernBertConfig(
-        vocab_size=320,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=32,
-        pad_token_id=0,
+        **STOCK_SIZES, max_position_embeddings=32, pad_token_id=0
     )
     transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
     # Of a class that transformers 5 names otherwise than 4.
