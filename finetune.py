@@ -14,7 +14,6 @@ complete Hub repository: weights, config, code, tokenizer and a model card.
 """
 
 import gc
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +77,6 @@ class FinetuneArguments(RecipeArguments):
 
 def parse(argv: list[str]):
     groups = (ClassifierArguments, LabelledDataArguments, FinetuneArguments)
-    # transformers leaves a run's precision there, which 4.57 then takes for all that come after it.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     return HfArgumentParser(groups).parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
@@ -147,7 +144,9 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         callbacks=[LogFile()],
     )
     backend = attention_backend(model, args)
-    trainer.accelerator.print(f"{run.folder}: from {run.start}, attention {backend}")
+    trainer.accelerator.print(
+        f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"
+    )
     seconds = trainer.train().metrics["train_runtime"]
     found = {}
     for suffix, split in task.validation.items():
@@ -279,8 +278,9 @@ def check_settings(finished: dict[Path, dict], name: str | None, settings: dict)
         for key, value in settings.items():
             theirs = result["settings"].get(key)
             if name in (None, result["task"]) and theirs != value:
+                keep = f"give --{key} {theirs}, " if key in SETTINGS else ""
                 raise ValueError(
-                    f"{folder} was made with {key} {theirs}, not {value}: choose another "
+                    f"{folder} was made with {key} {theirs}, not {value}: {keep}choose another "
                     "--output_dir, or forget all that it has with --overwrite true"
                 )
 

@@ -16,10 +16,12 @@ from typing import Literal
 
 import torch
 import yaml
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 
+from mosaic_tools.processor import cpu_bf16
 from publishing import check_repo_id
 
 
@@ -179,7 +181,9 @@ class RecipeArguments(TrainingArguments):
     adam_epsilon: float = 1e-6
     optim: str = "adamw_torch_fused"
     max_grad_norm: float = option(0.0, "clips gradients; the recipe does not (0)")
-    bf16: bool | None = option(None, "bfloat16 autocast; None: where the device has it")
+    bf16: bool | None = option(
+        None, "bfloat16 autocast; None: where the device computes it natively, not by emulation"
+    )
     cpu_threads: int | None = option(None, "of each process on the CPU; None: all, shared equally")
     dataloader_num_workers: int | None = option(None, "None: 4 beside a GPU, none on a CPU")
     logging_steps: float = 50
@@ -208,8 +212,12 @@ class RecipeArguments(TrainingArguments):
         # Trainer's own would upload every checkpoint, optimizer states and arguments.
         self.publish_to, self.push_to_hub = self.push_to_hub, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
+        # A launcher's would come in where ours is float32; 4.57 leaves a run's for the next.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        self.why_bf16, chosen = "as set", self.bf16 is None and not self.fp16
+        if chosen:
+            self.bf16, self.why_bf16 = native_bf16(self.use_cpu)
+        self.bf16 = bool(self.bf16)
         if self.weight_decay is None:
             self.weight_decay = self.decoupled_weight_decay / (self.learning_rate or 1)
         if self.lr_end:
@@ -225,10 +233,25 @@ class RecipeArguments(TrainingArguments):
         # accelerate reads it: one graph for any number of tokens.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
         super().__post_init__()
+        if chosen and self.world_size > 1:
+            self.check_agreement()
         if self.global_batch_size is not None:
             self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
                 self.global_batch_size, self.world_size, self.per_device_train_batch_size
             )
+
+    def check_agreement(self):
+        """ValueError: bf16 is native to the devices of some processes only."""
+        choices = dict(gather_object([(self.bf16, self.why_bf16)]))
+        if len(choices) > 1:
+            raise ValueError(
+                f"the processes' devices differ ({choices[True]}; {choices[False]}): give --bf16 "
+                "true or --bf16 false"
+            )
+
+    def precision(self) -> str:
+        """What is computed in, in words."""
+        return "bf16 autocast" if self.bf16 else "fp16 autocast" if self.fp16 else "float32"
 
     def rows_per_step(self) -> int:
         """Rows that an optimizer step sees on all devices together."""
@@ -252,6 +275,20 @@ class PretrainingArguments(RecipeArguments):
     peak_tflops: float | None = option(
         None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
     )
+
+
+def native_bf16(use_cpu: bool) -> tuple[bool, str]:
+    """(whether the device of this process computes bf16 natively, how that is known)."""
+    if use_cpu:
+        return cpu_bf16()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        # transformers counts the emulation of GPUs before Ampere too.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, f"native to {name}" if native else f"{name} would emulate bf16"
+    kind = torch.accelerator.current_accelerator().type
+    native = is_torch_bf16_gpu_available()
+    return native, f"{kind} has bf16" if native else f"{kind} has no bf16"
 
 
 def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 # Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name. The first match counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 COMPLETE = "complete.json"
+PRECISION = "precision.txt"
 
 
 class Throughput(TrainerCallback):
@@ -199,6 +200,7 @@ class Checkpoints(TrainerCallback):
             if args.world_size > 1:
                 torch.distributed.barrier()
             if state.is_world_process_zero:
+                (folder / PRECISION).write_text(args.precision())
                 mark_complete(folder)
 
     @staticmethod
@@ -219,6 +221,14 @@ class Checkpoints(TrainerCallback):
                 "resumed by as many as shared it"
             )
         loader.load_state_dict(place["loader"])
+
+
+def change_of_precision(checkpoint: Path, args) -> str | None:
+    """What to say where a run goes on in another precision than it had, as on another device."""
+    file, now = checkpoint / PRECISION, args.precision()
+    if not file.is_file() or (before := file.read_text()) == now:
+        return None
+    return f"{checkpoint} was trained in {before}, and goes on in {now} ({args.why_bf16})"
 
 
 def mark_complete(folder: Path):

@@ -48,6 +48,7 @@ from train_callbacks import (
     MaskEpoch,
     StopOnSigterm,
     Throughput,
+    change_of_precision,
     draw_training,
     newest_checkpoint,
     saving,
@@ -403,7 +404,6 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
     run = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     steps = args.warmup_steps
     warmup = f"{steps:g} steps" if steps >= 1 else f"{args.share_of_warmup():.0%}"
-    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "float32"
     cut = "filled with documents up to" if data.pack else "cut at"
     return {
         "model": f"{config.model_type}, {config.num_hidden_layers} layers x {config.hidden_size}, "
@@ -417,8 +417,9 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
         "optimizer": f"{args.optim.value}, learning rate {args.learning_rate:g} after a warm-up of "
         f"{warmup}, then {args.lr_scheduler_type.value} to {args.lr_end:.0%}, weight decay "
         f"{args.weight_decay:g}",
-        "computed in": f"{precision}, attention {attention_backend(trainer.model, args)}, on "
-        f"{args.device.type}" + (", compiled" if args.torch_compile else ""),
+        "computed in": f"{args.precision()} ({args.why_bf16}), attention "
+        f"{attention_backend(trainer.model, args)}, on {args.device.type}"
+        + (", compiled" if args.torch_compile else ""),
     }
 
 
@@ -457,6 +458,8 @@ def main():
     facts = describe(trainer, data_args)
     for name, value in facts.items():
         trainer.accelerator.print(f"{name}: {value}")
+    if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
+        trainer.accelerator.print(f"{change}: --bf16 true or false chooses")
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.sigterm.stopped and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.print(

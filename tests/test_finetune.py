@@ -24,6 +24,7 @@ import glue_tasks
 import labelled_data
 from glue_tasks import TASKS
 from publishing import SPECIAL_TOKENS, load_tokenizer
+from recipe import native_bf16
 
 AGES, READERS, SIZES = ("old", "young", "tall", "wise"), ("man", "woman", "child"), ("long", "new")
 SENTENCES = [f"the {x} {y} reads a {z} book" for z in SIZES for y in READERS for x in AGES]
@@ -261,7 +262,7 @@ def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
     assert "token_type_ids" not in rows.column_names
 
 
-def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
+def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch, capsys):
     """bf16 would round values to eight bits; transformers 4.57 leaves a run's precision behind."""
     precisions, train = [], finetune.FinetuneTrainer.train
 
@@ -270,11 +271,14 @@ def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch):
         return train(self)
 
     monkeypatch.setattr(finetune.FinetuneTrainer, "train", watched)
-    start(model=golden, max_steps=1, cpu_threads=1, **write_own(tmp_path / "1", by_age()))
+    own = write_own(tmp_path / "1", by_age())
+    start(model=golden, max_steps=1, cpu_threads=1, bf16=True, **own)
     rows = [{"text": x, "label": 2.5 if " old " in x else 0.5} for x in SENTENCES]
     longer = QUICK | {"num_train_epochs": 30}
     start(model=golden, **longer, **write_own(tmp_path / "2", rows))
     assert precisions == ["bf16", "no"]
+    said = capsys.readouterr().out
+    assert all(f"{x} (as set), attention" in said for x in ("bf16 autocast", "float32"))
     result = result_of(tmp_path / "2" / "out")
     assert result["score"] == result["metrics"]["spearman"] and result["metrics"]["pearson"] > 0.95
     folder = tmp_path / "2" / "out" / "own" / "seed-19"
@@ -427,6 +431,14 @@ def test_results_of_an_earlier_version_are_refused_by_name(glue, tmp_path):
         finetune.main([*glue.command, "--output_dir", str(out)])
 
 
+def test_a_result_of_another_precision_is_refused_with_the_flag_that_keeps_it():
+    """Another processor may choose another, where --bf16 is not given."""
+    finished = {Path("out/cola/seed-1"): {"task": "cola", "settings": {"bf16": True}}}
+    message = "seed-1 was made with bf16 True, not False: give --bf16 True, choose another"
+    with pytest.raises(ValueError, match=message):
+        finetune.check_settings(finished, "cola", {"bf16": False})
+
+
 def test_the_best_epochs_model_is_not_taken_for_the_last_ones(stock, tmp_path):
     command = QUICK | {"model": stock, "num_train_epochs": 2} | write_own(tmp_path, by_age())
     best = {"load_best_model_at_end": True, "metric_for_best_model": "matthews"}
@@ -514,7 +526,8 @@ def test_a_recipe_decays_by_as_much_at_its_peak_as_published(name):
     args = finetune.parse(["--task", name, *task.flags()])[-1]
     assert args.weight_decay * args.learning_rate == pytest.approx(task.decay)
     assert args.rows_per_step() == task.batch and args.num_train_epochs == task.epochs
-    assert args.bf16 == (name != "stsb") and args.get_warmup_steps(100) == 6
+    assert args.get_warmup_steps(100) == 6
+    assert args.bf16 == (name != "stsb" and native_bf16(args.use_cpu)[0])
 
 
 # ---- bad input ----

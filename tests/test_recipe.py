@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""recipe.py: defaults, how a global batch is split, and what is refused."""
+"""recipe.py: defaults, how a global batch is split, what is refused, and the precision chosen."""
+
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import yaml
 from training import ROOT, flags
 
 import recipe
+from mosaic_tools import processor
 
 
 def parse(*words, **values):
@@ -22,7 +25,7 @@ def test_the_defaults_are_the_recipe():
     # torch's AdamW multiplies decay by the learning rate, the recipe's 1e-5 is decoupled from it.
     assert args.weight_decay * args.learning_rate == pytest.approx(1e-5)
     assert args.lr_scheduler_type == "linear" and args.get_warmup_steps(70_000) == 4200
-    assert args.bf16 and model.low_precision_layernorm
+    assert model.low_precision_layernorm
 
 
 def test_warm_up_is_a_number_of_steps_or_a_share():
@@ -151,3 +154,109 @@ def test_every_recipe_is_understood(path):
         # 70,000 steps of 4,096, as the paper's.
         assert args.rows_per_step() == 4096 and args.max_steps == 70_000
         assert str(data.max_seq_length) == path.stem.split("-")[-1]
+
+
+# ---- precision ----
+
+AVX512 = ["avx2", "avx512f"]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "why"),
+    [
+        ([], "float32", "this CPU has neither amx_bf16 nor avx512_bf16, and would emulate bf16"),
+        (AVX512, "float32", "this CPU has neither amx_bf16 nor avx512_bf16"),
+        ([*AVX512, "avx512_bf16"], "bf16 autocast", "native by avx512_bf16"),
+        ([*AVX512, "amx_bf16"], "bf16 autocast", "native by amx_bf16"),
+    ],
+    ids=["AVX2", "AVX-512", "AVX512-BF16", "AMX"],
+)
+def test_bf16_is_chosen_where_the_cpu_computes_it(monkeypatch, instructions, precision, why):
+    """It was on for every CPU, and five times slower than float32 on those that emulate it."""
+    monkeypatch.setattr(processor, "cpu_instructions", lambda: instructions)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    args = parse(use_cpu=True)[-1]
+    assert (args.precision(), args.bf16) == (precision, precision != "float32")
+    assert args.why_bf16.startswith(why)
+    for asked in (True, False):
+        args = parse(use_cpu=True, bf16=asked)[-1]
+        assert args.bf16 is asked and args.why_bf16 == "as set"
+
+
+@pytest.mark.parametrize(("speed", "native"), [(2.51, True), (0.049, False)])
+def test_bf16_is_measured_where_no_instruction_tells(monkeypatch, speed, native):
+    monkeypatch.setattr(processor, "cpu_instructions", lambda: ["asimd", "bf16"])
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(processor, "bf16_over_float32", lambda: speed)
+    args = parse(use_cpu=True)[-1]
+    assert args.bf16 is native and f"{speed:.2g} times as fast as in float32" in args.why_bf16
+
+
+def test_the_speed_of_bf16_is_that_of_its_products(monkeypatch):
+    """A clock that a product in bf16 moves by 1 s, and one in float32 by 4."""
+    clock, product = [0], torch.Tensor.__matmul__
+
+    def slow(a, b):
+        clock[0] += 4 if a.dtype == torch.float32 else 1
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert processor.bf16_over_float32.__wrapped__(size=2) == 4
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gpus_that_emulate_bf16_do_without(monkeypatch, native):
+    """torch says that a V100 supports it, unless asked to leave out emulation."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Chip")
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    why = "native to Chip" if native else "Chip would emulate bf16"
+    assert recipe.native_bf16(use_cpu=False) == (native, why)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_other_accelerators_have_bf16_where_transformers_says_so(monkeypatch, native):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(recipe, "is_torch_bf16_gpu_available", lambda: native)
+    why = "mps has bf16" if native else "mps has no bf16"
+    assert recipe.native_bf16(use_cpu=False) == (native, why)
+
+
+def test_a_launchers_precision_does_not_come_in_for_float32(monkeypatch):
+    """It did, while the run said that it computed in float32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = parse(bf16=False)[-1]
+    assert getattr(args, "mixed_precision", "no") == "no"
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_processes_on_unlike_devices_must_be_told_the_precision(monkeypatch):
+    monkeypatch.setattr(processor, "cpu_instructions", lambda: AVX512)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    others = []
+    monkeypatch.setattr(recipe, "gather_object", lambda own: own + others)
+    monkeypatch.setattr(recipe.RecipeArguments, "world_size", 2)
+    others.append((False, "a chip like this"))
+    assert not parse(use_cpu=True)[-1].bf16
+    others.append((True, "native by amx_bf16"))
+    with pytest.raises(
+        ValueError, match="native by amx_bf16; .*: give --bf16 true or --bf16 false"
+    ):
+        parse(use_cpu=True)
+    assert parse(use_cpu=True, bf16=True)[-1].bf16
+
+
+def test_instructions_are_torchs_or_linuxs(monkeypatch, tmp_path):
+    found = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": True, "neon": False}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found, raising=False)
+    assert processor.cpu_instructions() == ["avx2", "avx512f", "amx_bf16"]
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    assert processor.cpu_instructions() == []
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd svebf16 bf16\n")
+    assert processor.cpu_instructions() == ["asimd", "bf16"]

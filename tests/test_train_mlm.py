@@ -13,7 +13,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
+from datasets import Dataset
 from training import (
     ACCELERATE,
     DOCUMENTS,
@@ -28,7 +30,7 @@ from training import (
 
 import prepare_data
 import train_mlm
-from train_callbacks import mark_complete
+from train_callbacks import Checkpoints, change_of_precision, mark_complete, what_is_torn
 
 STEPS = 240
 
@@ -73,7 +75,8 @@ def test_a_run_says_at_its_start_what_it_is(trained):
     )
     assert parameters and int(parameters[1].replace(",", "")) > 128 * 64
     assert re.search(r"data: text.txt: \d+ rows, [\d,]+ tokens", trained.log)
-    assert "bf16 autocast, attention sdpa, on cpu" in trained.log
+    precision = train_mlm.RecipeArguments(output_dir="out").precision()
+    assert re.search(rf"computed in: {precision} \(.+\), attention sdpa, on cpu", trained.log)
 
 
 def test_loss_falls(trained):
@@ -246,6 +249,35 @@ def test_a_published_checkpoint_is_continued_as_a_mosaic_bert():
     """transformers 4.57 keeps its config's model_type, "bert"."""
     args = train_mlm.ModelArguments(model_name_or_path=str(ROOT / "tests/goldens/mosaic_tiny"))
     assert train_mlm.is_ours(train_mlm.continued_model(args, trained_tokenizer(), 64))
+
+
+def test_a_run_says_why_it_computes_in_float32(monkeypatch):
+    monkeypatch.setattr("mosaic_tools.processor.cpu_instructions", lambda: ["avx2", "avx512f"])
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    *_, data, args = train_mlm.parse(flags(output_dir="out", use_cpu=True))
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+    rows = Dataset.from_dict({"input_ids": [[2, 7, 3]]})
+    trainer = SimpleNamespace(args=args, model=model, train_dataset=rows, eval_dataset=rows)
+    said = train_mlm.describe(trainer, data)["computed in"]
+    why = "this CPU has neither amx_bf16 nor avx512_bf16, and would emulate bf16"
+    assert said == f"float32 ({why}), attention sdpa, on cpu"
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path):
+    """A checkpoint of a processor with bf16 may be resumed on one without."""
+    bf16, float32 = (
+        train_mlm.RecipeArguments(output_dir=str(tmp_path), use_cpu=True, bf16=x)
+        for x in (True, False)
+    )
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    # As those of earlier versions are.
+    assert change_of_precision(checkpoint, float32) is None
+    state = SimpleNamespace(global_step=3, is_world_process_zero=True)
+    Checkpoints(streams=False).on_save(bf16, state, None)
+    assert change_of_precision(checkpoint, bf16) is None and not what_is_torn(checkpoint)
+    change = change_of_precision(checkpoint, float32)
+    assert change == f"{checkpoint} was trained in bf16 autocast, and goes on in float32 (as set)"
 
 
 def test_weight_decay_reaches_every_parameter():
