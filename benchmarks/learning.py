@@ -12,8 +12,8 @@ at 15 % masked tokens, of which both are shown the same.
     python benchmarks/learning.py --prepared_data runs/wiki-128 --learning_rates 5e-4 1e-3 2e-3
 
 Adds a record with a curve to learning.jsonl for each model and rate. From all in that file that are
-of this size it draws learning.png and prints a table. The last line is JSON: the tokens and seconds
-that each model, at its best rate, needed to the loss at which BERT ended.
+of this size and processor it draws learning.png and prints a table. The last line is JSON: the
+tokens and seconds that each model, at its best rate, needed to the loss at which BERT ended.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from records import RESULTS, environment
+from records import RESULTS, environment, place
 from side_by_side import curve, train
 
 NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
@@ -64,13 +64,13 @@ def needed(points: list[dict], loss: float, axis: str) -> float | None:
     )
 
 
-def comparable(args) -> list[dict]:
-    """The records of runs of this size, the newest of each model and rate."""
+def comparable(args, where: dict) -> list[dict]:
+    """The records of runs of this size on this processor, the newest of each model and rate."""
     newest = {}
     for line in (args.results / "learning.jsonl").read_text().splitlines():
         run = json.loads(line)
         size = run["hidden_size"], run["num_hidden_layers"], run["curve"][-1]["step"]
-        if size == (args.hidden_size, args.layers, args.steps):
+        if size == (args.hidden_size, args.layers, args.steps) and place(run) == place(where):
             newest[run["model"], run["learning_rate"]] = run
     return [newest[key] for key in sorted(newest)]
 
@@ -135,7 +135,7 @@ def main():
                 record = facts | where | {"curve": curve(folder / name, BATCH)}
                 file.write(json.dumps(record) + "\n")
 
-    runs = comparable(args)
+    runs = comparable(args, where)
     draw(runs, args.results / "learning.png")
     print(
         f"{'model':<12}{'rate':>8}{'step':>7}{'Mtokens':>9}{'minutes':>9}{'loss':>8}{'accuracy':>10}"

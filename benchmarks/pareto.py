@@ -59,7 +59,7 @@ from statistics import mean, median
 
 from ablations import SWAPS, model_module
 from pareto_results import AXES, draw, summary
-from records import RESULTS, ROOT, environment, print_table
+from records import RESULTS, ROOT, environment, place, print_table
 from side_by_side import at_a_time, curve, run, words_of
 
 sys.path.append(str(ROOT))
@@ -190,7 +190,8 @@ def finished(args) -> dict[tuple, dict]:
         x
         for x in records
         if x["settings"] == wanted.get((x["model"], x["seed"]))
-        and all(x[key] == here[key] for key in ("device", "torch", "transformers"))
+        and place(x) == place(here)
+        and all(x[key] == here[key] for key in ("torch", "transformers"))
     ]
     return {(x["model"], x["minutes"], x["seed"]): x for x in ours}
 

@@ -6,15 +6,17 @@
 results/cpu_pretraining.png: BERT's and ModernBERT's time over ours on a CPU, forward and training
 step; results/cpu_inference.png: the same for embeddings. results/gpu.png: the same for training
 steps on a GPU against the length of rows, and attention's time against it. Of each case the newest
-record counts. Prints what was drawn and what is missing.
+record counts. CPUs of other instructions have panels of their own, other GPUs curves. Prints what
+was drawn and what is missing.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from records import RESULTS
+from records import RESULTS, is_cpu, place
 
 NAMES = {
     "bert": "BERT", "bert-no-dropout": "BERT without attention dropout",
@@ -38,20 +40,15 @@ PROVIDERS = {
 
 
 def newest(folder, name, value, *keys):
-    """dict: values of these keys, and "CPU" or "GPU", to the last record that has `value`."""
+    """dict: values of these keys, and the place, to the last record that has `value`."""
     file = Path(folder, f"{name}.jsonl")
     lines = file.read_text().splitlines() if file.exists() else []
     records = (json.loads(line) for line in lines)
     return {
-        (*(record.get(key) for key in keys), "CPU" if is_cpu(record) else "GPU"): record
+        (*(record.get(key) for key in keys), place(record)): record
         for record in records
         if value in record
     }
-
-
-def is_cpu(record):
-    """Only a CPU's name has its cores."""
-    return record["device"].endswith("cores")
 
 
 def is_half(case):
@@ -70,20 +67,39 @@ def finish(figure, path):
 
 
 def draw_cpu(folder, name, batch, tasks):
-    """Bars of time over ours from {name}.jsonl.
+    """Bars of time over ours from {name}.jsonl, a row of panels for each place.
 
     Args:
         batch: the key that tells batches apart.
         tasks: a panel's title by its task.
     """
     records = newest(folder, name, "ratio", "task", "dtype", batch, "setting")
-    records = {key[:-1]: x for key, x in records.items() if key[-1] == "CPU" and key[3] in NAMES}
+    records = {key: x for key, x in records.items() if is_cpu(x) and key[3] in NAMES}
     if not records:
         print(f"no CPU record in {name}.jsonl: make bench-cpu ONLY={name}")
         return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    places = list(dict.fromkeys(key[-1] for key in records))
+    figure = Figure(figsize=(9, 3.6 * len(places)), layout="constrained")
     bars = {}
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    grid = figure.subplots(len(places), len(tasks), sharey=True, squeeze=False)
+    for panels, where in zip(grid, places, strict=True):
+        here = {key[:-1]: x for key, x in records.items() if key[-1] == where}
+        bars |= draw_bars(panels, here, tasks)
+        panels[0].set_ylabel("time / MosaicBERT's best")
+        if len(places) > 1:
+            for axes in panels:
+                axes.set_title(f"{axes.get_title()}\n{where}", fontsize="small")
+    figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4)
+    finish(figure, folder / f"cpu_{name}.png")
+
+
+def draw_bars(panels, records, tasks):
+    """Draws a panel for each task; returns the bars by what they show.
+
+    Args:
+        records: of one place, by task, dtype, batch and setting.
+    """
+    bars = {}
     for axes, (task, title) in zip(panels, tasks.items(), strict=True):
         # In the order of the records, float32 first.
         cases = sorted(dict.fromkeys(key[1:3] for key in records if key[0] == task), key=is_half)
@@ -103,9 +119,7 @@ def draw_cpu(folder, name, batch, tasks):
         ticks = [x + 0.4 - 0.4 / len(settings) for x in range(len(cases))]
         axes.set_xticks(ticks, labels, fontsize="small")
         axes.set_title(title)
-    figure.axes[0].set_ylabel("time / MosaicBERT's best")
-    figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4)
-    finish(figure, folder / f"cpu_{name}.png")
+    return bars
 
 
 def draw_gpu(folder):
@@ -124,17 +138,20 @@ def draw_gpu(folder):
             for name, title in PROVIDERS.items()
         ],
     )
+    found = {key[-1]: x for key, x in [*steps.items(), *attention.items()]}
+    gpus = [where for where, record in found.items() if not is_cpu(record)]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     drawn = 0
     for axes, curves in zip(figure.subplots(1, 2), panels, strict=True):
-        for *case, title, records, value, label in curves:
+        for (*case, title, records, value, label), gpu in itertools.product(curves, gpus):
             points = sorted(
                 (key[-2], x[value])
                 for key, x in records.items()
-                if [*key[:-2]] == ["bfloat16", *case] and key[-1] == "GPU"
+                if [*key[:-2]] == ["bfloat16", *case] and key[-1] == gpu
             )
             if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=title)
+                name = f"{title}, {gpu}" if len(gpus) > 1 else title
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
                 drawn += 1
             axes.set_ylabel(label)
         axes.set_xscale("log", base=2)

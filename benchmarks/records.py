@@ -13,13 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT))
 
 
-def environment(*packages: str) -> dict[str, str | None]:
-    """Command, device, versions of Python, torch, transformers and these packages, None for
-    what is absent, the commit of the working tree, and the time (UTC)."""
+def environment(*packages: str) -> dict[str, str | list | None]:
+    """Command, device, the CPU's instructions that matter to speed, versions of Python, torch,
+    transformers and these packages, None for what is absent, the commit of the working tree, and
+    the time (UTC)."""
     # Not before: scripts set threads before torch is loaded.
     import torch
+
+    from mosaic_tools.processor import cpu_instructions
 
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
@@ -27,11 +31,29 @@ def environment(*packages: str) -> dict[str, str | None]:
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "cpu_instructions": cpu_instructions(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *packages)},
         "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def is_cpu(record: dict) -> bool:
+    """Only a CPU's name has its cores."""
+    return record["device"].endswith("cores")
+
+
+def place(record: dict) -> str:
+    """Device, and of a CPU its instructions: only what was measured in one place is comparable.
+
+    Cloud machines give processors of many kinds one name, "Intel(R) Xeon(R) Processor".
+    """
+    if not is_cpu(record):
+        return record["device"]
+    # The first records have none.
+    names = record.get("cpu_instructions", ["instructions not recorded"])
+    return f"{record['device']} ({', '.join(names) or 'no instructions known'})"
 
 
 def version(package: str) -> str | None:

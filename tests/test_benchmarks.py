@@ -11,15 +11,19 @@ import torch
 import transformers
 from conftest import ROOT, run_python
 
+from mosaic_tools import processor
+
 sys.path.append(str(ROOT / "benchmarks"))
 import clocks  # noqa: E402
 import compare  # noqa: E402
 import encoders  # noqa: E402
+import learning  # noqa: E402
+import pareto  # noqa: E402
 import plot  # noqa: E402
 import pretraining  # noqa: E402
 import profile_step  # noqa: E402
 from lengths import HALF_PADDING, c4_lengths  # noqa: E402
-from records import version  # noqa: E402
+from records import environment, place, version  # noqa: E402
 
 # Toy models are to be had in a process of its own, which reads --toy when it begins.
 TOYS = f"""
@@ -105,10 +109,87 @@ def test_the_newest_records_are_drawn(tmp_path):
     keys = ("dtype", "task", "lengths", "setting", "seqlen")
     (tmp_path / "pretraining.jsonl").write_text("\n".join(map(json.dumps, steps)))
     found = plot.newest(tmp_path, "pretraining", "ratio", *keys)
-    assert found["bfloat16", "step", "c4", "bert", 128, "GPU"]["ratio"] == 1.5
+    assert found["bfloat16", "step", "c4", "bert", 128, "Chip"]["ratio"] == 1.5
     plot.draw_cpu(tmp_path, "pretraining", **plot.ON_CPU["pretraining"])
     plot.draw_gpu(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"cpu_pretraining.png", "gpu.png"}
+
+
+# A cloud calls them by one name; bf16 is emulated by the second, and the first records do not say.
+XEONS = [
+    {"device": "Xeon, 2 cores"} | rest
+    for rest in (
+        {},
+        {"cpu_instructions": ["avx2", "avx512f"]},
+        {"cpu_instructions": ["avx2", "avx512f", "amx_bf16"]},
+    )
+]
+
+
+def test_a_record_says_which_instructions_its_processor_has():
+    where = environment()
+    assert where["cpu_instructions"] == processor.cpu_instructions()
+    assert [place(x) for x in XEONS] == [
+        "Xeon, 2 cores (instructions not recorded)",
+        "Xeon, 2 cores (avx2, avx512f)",
+        "Xeon, 2 cores (avx2, avx512f, amx_bf16)",
+    ]
+    assert place({"device": "Chip", "cpu_instructions": ["avx2"]}) == "Chip"
+
+
+def drawn(monkeypatch, draw, *args, **kwargs):
+    figures = []
+    monkeypatch.setattr(plot, "finish", lambda figure, path: figures.append(figure))
+    draw(*args, **kwargs)
+    return figures[0].axes
+
+
+def test_processors_of_other_instructions_are_drawn_apart(tmp_path, monkeypatch):
+    case = {"dtype": "bfloat16", "lengths": "full", "setting": "bert"}
+    records = [
+        case | x | {"task": task, "ratio": ratio}
+        for ratio, x in enumerate(XEONS, 1)
+        for task in ("fill-mask", "step")
+    ]
+    (tmp_path / "pretraining.jsonl").write_text("\n".join(map(json.dumps, records)))
+    panels = drawn(
+        monkeypatch, plot.draw_cpu, tmp_path, "pretraining", **plot.ON_CPU["pretraining"]
+    )
+    assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [
+        *([[1]] * 2 + [[2]] * 2 + [[3]] * 2)
+    ]
+    assert [axes.get_title().split("\n")[1] for axes in panels[::2]] == list(map(place, XEONS))
+
+
+def test_gpus_of_other_names_have_curves_of_their_own(tmp_path, monkeypatch):
+    case = {"dtype": "bfloat16", "lengths": "c4", "setting": "bert", "task": "step"}
+    records = [
+        case | {"device": name, "seqlen": seqlen, "ratio": 1.5}
+        for name in ("Chip", "Other chip")
+        for seqlen in (128, 512)
+    ]
+    (tmp_path / "pretraining.jsonl").write_text("\n".join(map(json.dumps, records)))
+    steps, _ = drawn(monkeypatch, plot.draw_gpu, tmp_path)
+    assert [line.get_label() for line in steps.lines] == ["BERT, Chip", "BERT, Other chip"]
+    assert [list(line.get_xdata()) for line in steps.lines] == [[128, 512]] * 2
+
+
+def test_runs_are_compared_with_those_of_the_same_instructions_only(tmp_path, monkeypatch):
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "curve": [{"step": 5}]}
+    run = size | {"model": "bert", "learning_rate": 0.1}
+    (tmp_path / "learning.jsonl").write_text("\n".join(json.dumps(run | x) for x in XEONS))
+    args = SimpleNamespace(results=tmp_path, hidden_size=8, layers=1, steps=5)
+    for where in XEONS:
+        assert learning.comparable(args, where) == [run | where]
+
+    versions = {"torch": "2", "transformers": "5"}
+    run = versions | {"model": "bert", "minutes": 1, "seed": 2, "settings": {}}
+    (tmp_path / "pareto.jsonl").write_text("\n".join(json.dumps(run | x) for x in XEONS))
+    monkeypatch.setattr(pareto, "settings", lambda *_: {})
+    args.plan = [("bert", 1, 2)]
+    for where in XEONS:
+        monkeypatch.setattr(pareto, "environment", lambda where=where: versions | where)
+        assert pareto.finished(args) == {("bert", 1, 2): run | where}
 
 
 def test_absent_packages_have_no_version():
@@ -245,4 +326,5 @@ def test_a_toy_run_prints_records_and_a_table(command, cases):
     for record in records:
         assert "skipped" not in record
         assert record.keys() >= {"command", "device", "torch", "transformers", "commit", "date"}
+        assert record["cpu_instructions"] == processor.cpu_instructions()
     assert len([line for line in lines if not line.startswith("{")]) > 1
