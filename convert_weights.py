@@ -35,11 +35,15 @@ from transformers import AutoConfig
 from publishing import (
     POOLING_FILES,
     SUMMARY,
+    about_weights,
     check_repo_id,
+    inside,
+    listed_shards,
     load_tokenizer,
     make_tokenizer_portable,
     publish,
-    stated_license,
+    read_json,
+    stated,
     write_card,
     write_pooling,
 )
@@ -127,8 +131,11 @@ def main(argv=None):
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
     name = args.push_to_hub or args.output_dir.name
+    given = about_weights(args.license, args.language)
     with new_folder(args.output_dir, args.overwrite) as folder:
-        convert(args.source, folder, args.config, args.tokenizer, args.dtype, name, args.layout)
+        convert(
+            args.source, folder, args.config, args.tokenizer, args.dtype, name, args.layout, given
+        )
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub:
         url = publish(args.output_dir, args.push_to_hub, args.private, args.revision)
@@ -159,6 +166,12 @@ def parse_args(argv=None):
         action="store_true",
         help="replace the model and the tokenizer that output_dir holds",
     )
+    parser.add_argument(
+        "--license", help="of the weights, for the card: apache-2.0, mit, ...; the source card's"
+    )
+    parser.add_argument(
+        "--language", nargs="+", help="of the text, for the card: en, zh, ...; the source card's"
+    )
     hub = parser.add_argument_group("Hub", "as whom you are logged in: `hf auth login` or HF_TOKEN")
     hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
     hub.add_argument("--private", action="store_true", help="only to a private repository")
@@ -177,8 +190,12 @@ def convert(
     dtype: str | None = None,
     name: str | None = None,
     layout: str = "mosaic",
+    given: dict | None = None,
 ):
     """Writes `folder` from `source`, for a model called `name`; the others are the command line's.
+
+    Args:
+        given: licence and language, as the card takes them, in place of those of the source's card.
 
     Raises:
         ValueError: the source cannot be read, its tensors and its config do not fit each other, or
@@ -214,16 +231,17 @@ def convert(
         if is_local
         else f"see [{source}](https://huggingface.co/{source})",
     }
+    about = stated(path)
+    if "license" in (given or {}):
+        # With its name and link.
+        about = {name: x for name, x in about.items() if not name.startswith("license")}
     write_card(
         folder,
         name or Path(source).name,
-        auto_class,
         SUMMARY,
         facts,
-        None if is_local else source,
-        tokenizer is not None,
-        license=stated_license(path),
-        served=layout == "jina",
+        base_model=None if is_local else source,
+        **about | (given or {}),
     )
     print(f"{source}: {found} layout, {len(tensors)} tensors, loads with {auto_class}")
     print(f"Not in the source: {absent}")
@@ -276,15 +294,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The folder's checkpoint, safetensors first, whole or in shards as its index lists them."""
+    """The folder's checkpoint, safetensors first, whole or in shards as its index lists them.
+
+    Raises:
+        ValueError: there is none, a shard is missing, or a name or a link leads out of the folder.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map")
-            return [folder / x for x in sorted(set(weight_map.values()))]
+            return [inside(folder, name)]
+        if (folder / f"{name}.index.json").exists():
+            return listed_shards(inside(folder, f"{name}.index.json"))
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
@@ -319,20 +338,9 @@ def read_config(path: Path) -> dict:
             f"{path} has no config.json: pass one with --config (the one beside this script "
             "describes MosaicBERT-Base)"
         )
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object. ValueError: the file is missing or holds something else."""
     if not file.exists():
         raise ValueError(f"{file} does not exist")
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object")
-    return found
+    return read_json(file)
 
 
 # ---- converting ----
@@ -529,7 +537,8 @@ def new_folder(path: Path, overwrite: bool):
         yield Path(temporary)
         path.mkdir(exist_ok=True)
         # What a former conversion left would be loaded beside the new files, or instead of them.
-        stale = "*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt", *POOLING_FILES
+        stale = ["*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt", *POOLING_FILES]
+        stale += ["config_sentence_transformers.json", "onnx/*.onnx*", "openvino/openvino_*"]
         for pattern in stale:
             for file in path.glob(pattern):
                 file.unlink()

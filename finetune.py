@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import EvalResult
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 from transformers.hf_argparser import HfArgumentParser
 
@@ -46,11 +47,12 @@ from glue_tasks import (
     write_json,
 )
 from labelled_data import LabelledDataArguments, Part, describe, encode, load_task
-from publishing import make_tokenizer_portable, publish, write_card
+from publishing import about_weights, make_tokenizer_portable, publish, write_card
 from recipe import RecipeArguments, option
 from train_callbacks import LogFile
-from train_mlm import attention_backend, hub_id, is_ours, one_gpu_each, use_all_cores
+from train_mlm import attention_backend, hub_id, one_gpu_each, use_all_cores
 
+GLUE = "nyu-mll/glue"
 # Of the arguments, what a result depends on.
 SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm"),
@@ -166,12 +168,12 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         trainer.save_model()
     if trainer.is_world_process_zero():
         if run.keep:
-            write_task_card(run, task, found, args, model_args, is_ours(model))
+            write_task_card(run, task, found, args, model_args)
         write_json(run.folder / RESULT, result)
     return result
 
 
-def write_task_card(run: Run, task: Task, found: dict, args, model_args, ours: bool):
+def write_task_card(run: Run, task: Task, found: dict, args, model_args):
     length = (
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
@@ -190,14 +192,55 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args, ours: b
     write_card(
         run.folder,
         f"{Path(model_args.model).name}-{run.name}",
-        "AutoModelForSequenceClassification",
         f"Fine-tuned on {task.title} by finetune.py.",
         facts,
-        base_model=hub_id(model_args.model),
-        datasets=["nyu-mll/glue"] if run.name in TASKS else None,
-        ours=ours,
         example_input=pair if len(task.columns) == 2 else None,
+        base_model=hub_id(model_args.model),
+        datasets=[GLUE] if run.name in TASKS else None,
+        eval_results=eval_results(run.name, task, found),
+        **about_weights(args.license, args.language),
     )
+
+
+def eval_results(name: str, task: Task, found: dict[str, float]) -> list[EvalResult]:
+    """The evaluation for the Hub, by its names of metrics, which draws tables of it.
+
+    Args:
+        name: of the task.
+        found: values by the names of `metrics`, each with its split's suffix.
+    """
+    is_glue = name in TASKS
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Text classification" if task.labels else "Regression on texts",
+            dataset_type=GLUE if is_glue else "custom",
+            dataset_name=f"GLUE {task.title}" if is_glue else task.title,
+            dataset_config=name if is_glue else None,
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=found[metric + suffix],
+        )
+        for suffix, split in task.validation.items()
+        for metric, (kind, title) in metric_names(task).items()
+    ]
+
+
+def metric_names(task: Task) -> dict[str, tuple[str, str]]:
+    """The Hub's type and a title for each of `metrics` that such a task has."""
+    if not task.labels:
+        return {
+            "pearson": ("pearsonr", "Pearson's correlation"),
+            "spearman": ("spearmanr", "Spearman's correlation"),
+            "loss": ("mse", "Mean squared error"),
+        }
+    return {
+        "accuracy": ("accuracy", "Accuracy"),
+        "f1": ("f1", "F1" if len(task.labels) == 2 else "F1, mean over labels"),
+        "matthews": ("matthews_correlation", "Matthews' correlation"),
+        "loss": ("loss", "Loss"),
+    }
 
 
 # ---- all runs ----

@@ -37,7 +37,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from embedded_text import embedded_passages, held_out
-from publishing import SPECIAL_TOKENS, load_tokenizer, make_tokenizer_portable
+from publishing import SPECIAL_TOKENS, inside, load_tokenizer, make_tokenizer_portable
 from recipe import DataArguments, TokenizerArguments, parse
 
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -87,10 +87,18 @@ def load_files(patterns: list[str], streaming: bool):
 
 
 def load_shards(folders: list[str], streaming: bool):
-    """The rows of MosaicML StreamingDataset folders on this machine."""
+    """The rows of MosaicML StreamingDataset folders on this machine.
+
+    Raises:
+        ValueError: an index names a file outside of its folder.
+    """
     shards = []
     for folder in folders:
         index = Path(folder, "index.json").read_bytes()
+        for part in (x for shard in json.loads(index)["shards"] for x in shard.values()):
+            # A file's entry, which the library would follow anywhere.
+            if isinstance(part, dict) and "basename" in part:
+                inside(Path(folder), part["basename"])
         # `datasets` keeps what it made of the same arguments: the index tells new shards from old.
         digest = zlib.crc32(index)
         shards += [(folder, i, digest) for i in range(len(json.loads(index)["shards"]))]

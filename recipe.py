@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available
 
 from mosaic_tools.processor import cpu_bf16
-from publishing import check_repo_id
+from publishing import about_weights, check_repo_id
 
 
 def option(default, help):
@@ -161,6 +161,8 @@ class RecipeArguments(TrainingArguments):
     push_to_hub: str | None = option(None, "ORG/NAME, where the finished folder is uploaded")
     private: bool = option(False, "make that repository private")
     revision: str | None = option(None, "branch of that repository; None: the main one")
+    license: str | None = option(None, "of the weights, for the model card: apache-2.0, mit, ...")
+    language: list[str] | None = option(None, "of the text, for the model card: en, zh, ...")
     global_batch_size: int | None = option(
         None,
         "rows of an optimizer step on all devices together, the recipe's are 4096; split into "
@@ -205,6 +207,7 @@ class RecipeArguments(TrainingArguments):
             )
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)
+        about_weights(self.license, self.language)
         # Trainer would say so only after the data is prepared.
         writers = ("tensorboard", "tensorboardX")
         if "tensorboard" in self.report_to and not any(map(importlib.util.find_spec, writers)):

@@ -21,6 +21,7 @@ import datasets.distributed
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
+from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -38,7 +39,13 @@ from prepare_data import (
     size,
     usable_cores,
 )
-from publishing import load_tokenizer, make_tokenizer_portable, publish, write_card
+from publishing import (
+    about_weights,
+    load_tokenizer,
+    make_tokenizer_portable,
+    publish,
+    write_card,
+)
 from recipe import DataArguments, ModelArguments, RecipeArguments, TokenizerArguments, parse
 from train_callbacks import (
     COMPLETE,
@@ -432,6 +439,25 @@ def figures(metrics: dict[str, float]) -> dict[str, str]:
     }
 
 
+def eval_results(metrics: dict[str, float], data: DataArguments) -> list[EvalResult]:
+    """The evaluation for the Hub, which draws tables of it."""
+    masked = f"{data.eval_mlm_probability:.0%} of tokens masked, held out"
+    names = {"accuracy": ("eval_masked_accuracy", "Masked accuracy"), "loss": ("eval_loss", "Loss")}
+    return [
+        EvalResult(
+            task_type="fill-mask",
+            task_name="Masked language modelling",
+            dataset_type=hub_id(data.dataset_name) or "custom",
+            dataset_name=data.source(),
+            dataset_config=data.dataset_config_name,
+            metric_type=kind,
+            metric_name=f"{title} ({masked})",
+            metric_value=metrics[key],
+        )
+        for kind, (key, title) in names.items()
+    ]
+
+
 def hub_id(name: str | None) -> str | None:
     """The name, unless it is None or a folder of this machine."""
     return None if name is None or Path(name).exists() else name
@@ -475,18 +501,21 @@ def main():
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         draw_training(trainer.state.log_history, folder / "training.png", folder.resolve().name)
-        kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
+        kind = "A BERT encoder"
+        if is_ours(model):
+            kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
+        dataset = hub_id(data_args.dataset_name)
         write_card(
             folder,
             folder.resolve().name,
-            "AutoModelForMaskedLM",
-            f"{kind if is_ours(model) else 'A BERT encoder'}, pre-trained by train_mlm.py and "
-            "evaluated on documents that it had not seen.\n\n"
+            f"{kind}, pre-trained by train_mlm.py and evaluated on documents that it had not "
+            "seen.\n\n"
             "![Loss, masked accuracy, learning rate and tokens per second](training.png)",
             facts | figures(metrics),
             base_model=hub_id(model_args.model_name_or_path),
-            datasets=[data_args.dataset_name] if hub_id(data_args.dataset_name) else None,
-            ours=is_ours(model),
+            datasets=[dataset] if dataset else None,
+            eval_results=eval_results(metrics, data_args),
+            **about_weights(args.license, args.language),
         )
         if args.publish_to:
             print(publish(folder, args.publish_to, args.private, args.revision))

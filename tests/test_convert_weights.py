@@ -203,16 +203,112 @@ def test_only_the_checkpoint_itself_is_read(tmp_path):
     assert_holds(tmp_path / "out", weights)
 
 
-def test_shards_are_joined_by_their_index(tmp_path):
-    source, weights = tmp_path / "source", mlm_weights()
-    source.mkdir()
+def write_shards(source, weights):
+    """A checkpoint folder in two shards, and which of them each tensor is in."""
+    source.mkdir(parents=True)
     shutil.copy(MLM, source)
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for file in set(files.values()):
         save_file({k: weights[k].clone() for k in weights if files[k] == file}, source / file)
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    write_index(source, files)
+    return files
+
+
+def write_index(source, weight_map):
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_are_joined_by_their_index(tmp_path):
+    source, weights = tmp_path / "source", mlm_weights()
+    write_shards(source, weights)
     run(source, tmp_path / "out")
     assert_holds(tmp_path / "out", weights)
+
+
+def test_a_source_in_the_hubs_cache_is_read_by_its_links(tmp_path):
+    """Files of a snapshot are links to blobs outside of it, but in the same repository's cache."""
+    source, weights = tmp_path / "source", mlm_weights()
+    write_shards(source, weights)
+    repository = tmp_path / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (repository / "refs", repository / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for i, file in enumerate(source.iterdir()):
+        shutil.copy(file, repository / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    code = "import sys, convert_weights; convert_weights.main(sys.argv[1:])"
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    run_python(code, "org/tiny", tmp_path / "out", **cache)
+    assert_holds(tmp_path / "out", weights)
+
+
+OUTSIDE = "outside.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"../{OUTSIDE}", f"sub/../../{OUTSIDE}", "/absolute", "..", "", ".", "sub/part.safetensors"]
+    + [f"..\\{OUTSIDE}", "C:part.safetensors", "\\\\host\\part", 7, ["x"], None],
+    ids=str,
+)
+def test_an_index_that_leads_out_of_its_folder_is_not_followed(tmp_path, name):
+    """It read any file that it named: a download could have others' weights taken in."""
+    source, weights = tmp_path / "source", mlm_weights()
+    files = write_shards(source, weights)
+    (source / "sub").mkdir()
+    save_file({k: x.clone() for k, x in weights.items()}, tmp_path / OUTSIDE)
+    shutil.copy(tmp_path / OUTSIDE, source / "sub" / "part.safetensors")
+    name = str(tmp_path / OUTSIDE) if name == "/absolute" else name
+    write_index(source, files | {next(iter(files)): name})
+    message = f"lists {name!r}, which is no name of a file beside it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("linked", ["shard", "index", "whole file"])
+def test_a_link_out_of_the_source_is_not_followed(tmp_path, linked):
+    source = tmp_path / "source"
+    files = write_shards(source, mlm_weights())
+    name = {"shard": files[DECODER], "index": "model.safetensors.index.json"}.get(linked)
+    if name is None:
+        name = "model.safetensors"
+        save_file({k: x.clone() for k, x in mlm_weights().items()}, source / name)
+    (source / name).rename(tmp_path / OUTSIDE)
+    (source / name).symlink_to(tmp_path / OUTSIDE)
+    with pytest.raises(ValueError, match=f"'{name}' leads out of"):
+        run(source, tmp_path / "out")
+
+
+def test_shards_that_are_not_there_are_named(tmp_path):
+    source = tmp_path / "source"
+    missing = write_shards(source, mlm_weights())[DECODER]
+    (source / missing).unlink()
+    with pytest.raises(ValueError, match=f"lists files that are not there: {missing}"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, ["model.safetensors"]], ids=str)
+def test_an_index_without_a_weight_map_is_refused(tmp_path, weight_map):
+    write_shards(tmp_path / "source", mlm_weights())
+    write_index(tmp_path / "source", weight_map)
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        run(tmp_path / "source", tmp_path / "out")
+
+
+def test_exports_of_the_model_that_is_replaced_go_with_it(tmp_path):
+    """They would be published and served beside other weights."""
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out)
+    old = ["onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.bin"]
+    old += ["modules.json", "config_sentence_transformers.json"]
+    for name in old:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("of the old model")
+    run(GOLDENS / "mosaic_tiny", out, "--overwrite")
+    assert (out / "model.safetensors").is_file()
+    assert not any((out / name).exists() for name in old)
 
 
 def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
@@ -407,7 +503,7 @@ def test_the_model_card_of_a_folder_without_tokenizer_runs_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["MLM", "classifier", "encoder"])
-def test_the_model_card_has_an_example_that_runs(tmp_path, vocab, kind):
+def test_the_model_cards_examples_run(tmp_path, vocab, kind):
     out, weights = tmp_path / "out", load_golden("mosaic_tiny")[1]
     unwanted = {
         "MLM": ("classifier", "bert.pooler"),
@@ -420,8 +516,10 @@ def test_the_model_card_has_an_example_that_runs(tmp_path, vocab, kind):
     front, text = (out / "README.md").read_text().split("---\n")[1:3]
     assert "library_name: transformers" in front and "custom_code" in front
     assert "| not in the source | " in text
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert run_python(example.replace('"."', repr(str(out)))).strip()
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(examples) == {"MLM": 2, "classifier": 1, "encoder": 1}[kind]
+    for example in examples:
+        assert run_python(example.replace('"."', repr(str(out)))).strip()
 
 
 @pytest.mark.parametrize(

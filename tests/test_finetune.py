@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import GOLDENS
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from training import ACCELERATE, ROOT, flags, read_json, run
 
@@ -169,6 +170,9 @@ def test_the_folder_is_a_complete_hub_repository_whose_example_runs(finetuned, c
     assert settings["tokenizer_class"] in ("BertTokenizer", "PreTrainedTokenizerFast")
     assert "token_type_ids" in settings["model_input_names"]
     card = card_of(folder)
+    result = ModelCard(card).data.eval_results[0]
+    assert (result.metric_type, result.metric_value) == ("accuracy", 1.0)
+    assert (result.dataset_type, result.dataset_name) == ("custom", "train")
     assert (
         "pipeline_tag: text-classification" in card and "| accuracy, validation | 1.0000 |" in card
     )
@@ -378,6 +382,36 @@ def test_labels_of_glue_have_their_names(glue):
     config = read_json(glue.out, "mnli", "seed-1", "config.json")
     assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
     assert "datasets:\n- nyu-mll/glue" in card_of(glue.out / "mnli" / "seed-1")
+
+
+# What the Hub calls our metrics.
+HUB_METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
+
+
+@pytest.mark.parametrize("name", ["mnli", "rte", "stsb"])
+def test_the_hub_reads_the_evaluation_by_its_own_names(glue, name):
+    folder, metrics = glue.out / name / "seed-1", result_of(glue.out, name, 1)["metrics"]
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    found = {(x.metric_type, x.dataset_split): x.metric_value for x in results}
+    expected = {}
+    for suffix, split in TASKS[name].validation.items():
+        kinds = HUB_METRICS | {"loss": "mse" if name == "stsb" else "loss"}
+        expected |= {
+            (kind, split): metrics[ours + suffix]
+            for ours, kind in kinds.items()
+            if ours + suffix in metrics
+        }
+    assert found == expected and len(found) == len(metrics)
+    for result in results:
+        assert result.task_type == "text-classification"
+        assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", name)
+        assert result.dataset_name == f"GLUE {TASKS[name].title}"
 
 
 def test_only_what_is_unfinished_is_run_again(glue, capsys):

@@ -252,6 +252,14 @@ def rows_of_index(shards):
     yield from ({"text": str(i)} for i in range(index["rows"]))
 
 
+def test_shards_outside_their_folder_are_refused(tmp_path):
+    for name in ("../shard.mds", "/shard.mds"):
+        shard = {"format": "mds", "raw_data": {"basename": name}, "zip_data": None}
+        (tmp_path / "index.json").write_text(json.dumps({"shards": [shard]}))
+        with pytest.raises(ValueError, match=f"{name!r} leads out of"):
+            prepare_data.load_files([str(tmp_path)], streaming=False)
+
+
 def test_shards_without_their_library_name_it(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"shards": [{}]}))
     with pytest.raises(Exception, match="pip install mosaicml-streaming"):

@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from training import (
     ACCELERATE,
     DOCUMENTS,
@@ -59,6 +60,8 @@ def trained(tmp_path_factory):
         "save_steps": STEPS // 2,
         "mlm_probability": None,
         "lr_scheduler_kwargs": {},
+        "license": "mit",
+        "language": ["en"],
     }
     (cwd / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     log = run(cwd, *ACCELERATE, ROOT / "train_mlm.py", "recipe.yaml", "--max_steps", STEPS)
@@ -139,6 +142,8 @@ def test_tokenizers_name_a_class_that_transformers_4_and_5_know(trained):
 def test_the_model_card_holds_figures_of_the_run_and_an_example_that_runs(trained):
     front, card = (trained.folder / "README.md").read_text().split("---\n")[1:3]
     assert yaml.safe_load(front)["pipeline_tag"] == "fill-mask"
+    assert yaml.safe_load(front)["license"] == "mit"
+    assert yaml.safe_load(front)["language"] == ["en"]
     assert yaml.safe_load(front)["library_name"] == "transformers"
     metrics = read_json(trained.folder, "eval_results.json")
     assert f"| masked accuracy | {metrics['eval_masked_accuracy']:.1%} |" in card
@@ -156,6 +161,19 @@ assert guess["token_str"] == "reads", guess
 """
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert run(trained.folder, "-c", example + checks).count("'score': ") == 5
+
+
+def test_the_model_card_has_the_evaluation_where_the_hub_reads_it(trained):
+    data = ModelCard.load(trained.folder / "README.md").data
+    metrics = read_json(trained.folder, "eval_results.json")
+    assert data.model_name == "out"
+    assert {x.metric_type: x.metric_value for x in data.eval_results} == {
+        "accuracy": metrics["eval_masked_accuracy"],
+        "loss": metrics["eval_loss"],
+    }
+    for result in data.eval_results:
+        assert result.task_type == "fill-mask" and "15% of tokens masked" in result.metric_name
+        assert (result.dataset_type, result.dataset_name) == ("custom", "text.txt")
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path):
