@@ -5,20 +5,19 @@ A MosaicBERT runs this folder's code, whatever it brings; other models are trans
 need --trust_remote_code.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glue_tasks import Task
 from labelled_data import fingerprint
+from mosaic_tools import family
 from prepare_data import largest_id
 from publishing import load_tokenizer
 from recipe import option
-from train_mlm import HERE
 
 
 @dataclass
@@ -60,22 +59,15 @@ def read_config(name: str, trust_remote_code: bool = False):
     """The configuration of a model; one of this family becomes this folder's, whatever it brings.
 
     Raises:
-        ValueError: there is no such model, or it is in Jina's layout.
+        ValueError: there is no such model, or as `family.as_ours`.
     """
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
-    except OSError as error:
-        raise ValueError(f"--model {name!r} is no folder of a model and no Hub id") from error
-    if values.get("position_embedding_type") == "alibi":
-        raise ValueError(
-            f"{name} is in Jina's layout: python convert_weights.py {name} FOLDER, then "
-            "--model FOLDER"
-        )
-    if "alibi_starting_size" not in values:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
-    values |= {"model_type": ours.model_type, "auto_map": ours.auto_map}
-    return type(ours).from_dict(values)
+        values = family.config_values(name)
+    except ValueError as error:
+        raise ValueError(f"--model {error}") from error
+    if family.is_of_family(values):
+        return family.as_ours(values, name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def read_tokenizer(args: ClassifierArguments, config):
@@ -133,8 +125,7 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
         most: tokens that a row may have.
 
     Raises:
-        ValueError: weights are missing, other than those of a new classifier or of the pooler under
-            it.
+        ValueError: as `family.load`; a new classifier, and a new pooler under it, may be missing.
     """
     config = read_config(start, args.trust_remote_code)
     is_new = args.new_classifier or start != args.model or not is_trained_on(start, config, task)
@@ -146,51 +137,52 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
     config.problem_type = "single_label_classification" if task.labels else "regression"
     options = {"trust_remote_code": args.trust_remote_code}
     model_class = AutoModelForSequenceClassification
-    if config.model_type == "mosaic_bert":
+    if family.is_ours(config):
         config.attention_probs_dropout_prob = 0.0
         config.low_precision_layernorm = args.low_precision_layernorm
         config.pad_token_id = tokenizer.pad_token_id
         length = max(config.alibi_starting_size, most)
         config.alibi_starting_size = config.max_position_embeddings = length
-        reference = config.auto_map["AutoModelForSequenceClassification"]
-        model_class, options = get_class_from_dynamic_module(reference, HERE), {}
-        model_class.register_for_auto_class("AutoModelForSequenceClassification")
+        model_class, options = family.model_class("AutoModelForSequenceClassification"), {}
     config.update(args.dropout())
-    model, loaded = model_class.from_pretrained(
+    model, new = family.load(
+        model_class,
         start,
-        config=config,
+        config,
+        other_head=is_new,
+        flag="--new_classifier true",
         attn_implementation=args.attn_implementation,
-        # What AdamW updates; transformers 5 would take the checkpoint's.
-        dtype=torch.float32,
-        # Refused below, unless they are the classifier's.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
         **options,
     )
-    inside = set(map(id, model.base_model.parameters()))
-    encoder = {name for name, x in model.named_parameters() if id(x) in inside}
-    # transformers 5 gives shapes with the names.
-    mismatched = {x if isinstance(x, str) else x[0] for x in loaded["mismatched_keys"]}
-    absent = {*loaded["missing_keys"], *mismatched}
-    needed = {name for name in encoder if "pooler" not in name} if is_new else absent
-    if lost := sorted(absent & needed):
-        raise ValueError(
-            f"{start} lacks {len(lost)} weights of the shapes that its config asks for: {lost[0]}"
-        )
     if is_new:
-        # What the checkpoint lacks is new already, a classifier of the same shape was loaded.
-        for name, module in model.named_modules():
-            outside = isinstance(module, nn.Linear) and f"{name}.weight" not in encoder | absent
-            if outside and module.out_features == config.num_labels:
-                nn.init.normal_(module.weight, std=getattr(config, "initializer_range", 0.02))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        draw_classifier(model, new)
     return model
+
+
+@torch.no_grad()
+def draw_classifier(model, new: set[str]):
+    """Draws anew what gives the logits, of which a checkpoint may have had one of the same shape,
+    for other labels.
+
+    Args:
+        new: names of tensors that are new already.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_labels += 1
+    with torch.device("meta"):
+        more = dict(type(model)(config).named_parameters())
+    for name, x in model.named_parameters():
+        # No other layer's shape depends on the number of labels.
+        if x.shape != more[name].shape and name not in new:
+            if x.dim() > 1:
+                x.normal_(std=getattr(config, "initializer_range", 0.02))
+            else:
+                x.zero_()
 
 
 def longest(config, tokenizer, wanted: int) -> int:
     """Tokens of a row: what is wanted, or as many as a model with positions can read."""
-    if config.model_type == "mosaic_bert":
+    if family.is_ours(config):
         return wanted
     positions = getattr(config, "max_position_embeddings", wanted)
     return min(wanted, tokenizer.model_max_length, positions)

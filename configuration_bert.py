@@ -67,8 +67,6 @@ class MosaicBertConfig(StockBertConfig):
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
-        if not self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be True: MosaicBERT ties its decoder")
         # Fields of stock BERT that some release may no longer have.
         for name in ("is_decoder", "add_cross_attention"):
             if getattr(self, name, False):

@@ -11,7 +11,9 @@ engines read, and uploads it to the Hub if asked.
 SOURCE is a Hub id, a folder (model*.safetensors or pytorch_model*.bin) or a Composer training
 checkpoint (.pt, with --config). The folder gets weights, config.json, the model's .py files (or, in
 Jina's layout, the pooling that servers look for), the tokenizer and a model card. Every tensor of
-the source must find its place and no place may stay empty. Pickled code is never executed.
+the source must find its place and no place may stay empty. A decoder with a weight of its own is
+kept where the source's config says tie_word_embeddings false; Jina's layout has no place for it.
+Pickled code is never executed.
 """
 
 import argparse
@@ -25,13 +27,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
 
+from mosaic_tools.family import (
+    BUFFERS,
+    DECODER,
+    EMBEDDINGS,
+    PARTS,
+    as_ours,
+    check_fit,
+    differs,
+    listed,
+    model_class,
+    our_config,
+)
 from publishing import (
     POOLING_FILES,
     SUMMARY,
@@ -47,8 +59,6 @@ from publishing import (
     write_card,
     write_pooling,
 )
-
-HERE = Path(__file__).resolve().parent
 
 # Layouts in the wild: prefixes of names there, and here. From right to left it is the way back.
 WITH_PREFIX = {"bert.": "bert.", "cls.": "cls.", "classifier.": "classifier."}
@@ -69,6 +79,8 @@ JINA_NAMES = {
     ".attention.self.Wqkv.": [f".attention.self.{x}." for x in ("query", "key", "value")],
     "cls.predictions.decoder.bias": ["cls.predictions.bias"],
 }
+# What the first BERT called them, as transformers 5.0 still does in what it loaded and saves.
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # The layout to write, and what the model's own names lack of ours.
 JINA_LAYOUTS = {"AutoModelForMaskedLM": ("Jina", ""), "AutoModel": ("Jina, encoder only", "bert.")}
 # What servers know the layout by: TEI by _name_or_path or auto_map, llama.cpp and vLLM by
@@ -109,21 +121,11 @@ HEADS = {
     "classifier.": "AutoModelForSequenceClassification",
     "": "AutoModel",
 }
-PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
 # What a source's config says of its own code, and what means nothing here.
-FOREIGN = {"architectures", "auto_map", "model_type", "transformers_version", "tie_word_embeddings"}
+FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
 FOREIGN |= {"emb_pooler", "feed_forward_type", "model_max_length"}
-# Counters that old transformers saved among the weights.
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# Names that belong to a kin, and why it is refused.
-KIN = {
-    "layer_norm_q": "a BERT with QK norm (jina-bert-v2-qk-post-norm, the architecture of "
-    "jina-embeddings-v2-base-code), another architecture",
-    ".intermediate.dense": "a stock BERT, without ALiBi and gate",
-}
-DECODER, EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
 def main(argv=None):
@@ -349,6 +351,8 @@ def read_config(path: Path) -> dict:
 def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The source's layout, and its tensors by our names. ValueError: a name that no layout has."""
     tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
+    for theirs, ours in OLD_NAMES.items():
+        tensors = {name.replace(theirs, ours): x for name, x in tensors.items()}
     is_jina = any(".attention.self.query." in name for name in tensors)
     layout = max(
         (x for x in LAYOUTS if x.startswith("Jina") == is_jina),
@@ -406,7 +410,6 @@ def rename(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Te
 
 def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
     """Our configuration with the source's values; `auto_map` names every class that we have."""
-    ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
     values = {k: v for k, v in source.items() if k not in FOREIGN and not k.startswith("_")}
     if source.get("feed_forward_type", "geglu") != "geglu":
         raise ValueError(
@@ -417,7 +420,7 @@ def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
         values.setdefault("alibi_starting_size", source["max_position_embeddings"])
     # sentence-transformers and others cut text here.
     values["max_position_embeddings"] = values.setdefault(
-        "alibi_starting_size", ours.alibi_starting_size
+        "alibi_starting_size", our_config().alibi_starting_size
     )
     if tokenizer is not None:
         values["pad_token_id"] = tokenizer.pad_token_id
@@ -430,12 +433,7 @@ def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
                 f"the config names {len(names)} labels, the classifier has {num_labels}"
             )
         values["num_labels"] = num_labels
-    try:
-        config = type(ours)(**values, auto_map=ours.auto_map)
-    except Exception as error:
-        raise ValueError(f"the source's config is not MosaicBERT's: {error}") from error
-    # Where from_config finds the code.
-    config.name_or_path = ours.name_or_path
+    config = as_ours(values, "the source")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}"
@@ -443,43 +441,39 @@ def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):
     return config
 
 
-def listed(names: list[str], most: int = 8) -> str:
-    """The names, or the first of them and how many there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
 def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
-    """The model that holds `tensors`, in their dtype. ValueError: one is left over, missing or of
-    another shape."""
+    """The model that holds `tensors`, in their dtype.
+
+    Raises:
+        ValueError: one is left over, missing or of another shape, or the decoder differs from the
+            embeddings that the config ties it to.
+    """
     options = {}
     if auto_class == "AutoModel":
         options["add_pooling_layer"] = "bert.pooler.dense.weight" in tensors
     with torch.device("meta"):
-        model = getattr(transformers, auto_class).from_config(
-            config, trust_remote_code=True, **options
-        )
+        model = model_class(auto_class)(config, **options)
     prefix = "bert." if auto_class == "AutoModel" else ""
     expected = {prefix + name: x.shape for name, x in model.state_dict().items()}
 
-    if DECODER in expected and EMBEDDINGS in tensors:
+    if config.tie_word_embeddings and DECODER in expected and EMBEDDINGS in tensors:
         if not torch.equal(tensors.get(DECODER, tensors[EMBEDDINGS]), tensors[EMBEDDINGS]):
-            raise ValueError(f"{DECODER} differs from {EMBEDDINGS}, but MosaicBERT ties them")
+            raise ValueError(differs("the source"))
         tensors = {**tensors, DECODER: tensors[EMBEDDINGS]}
-    problems = {
-        "no place for": [x for x in tensors if x not in expected],
-        "missing": [x for x in expected if x not in tensors],
-        "config and source differ in shape": [
+    elif DECODER in tensors:
+        # torch.load gives two that were one in memory the same, and saving would leave one out.
+        tensors = {**tensors, DECODER: tensors[DECODER].clone()}
+    check_fit(
+        "the source",
+        type(model).__name__,
+        left_over=[x for x in tensors if x not in expected],
+        missing=[x for x in expected if x not in tensors],
+        reshaped=[
             f"{x} {tuple(expected[x])} and {tuple(y.shape)}"
             for x, y in tensors.items()
             if x in expected and expected[x] != y.shape
         ],
-    }
-    for mark, reason in KIN.items():
-        if any(mark in name for name in problems["no place for"]):
-            raise ValueError(f"the source is no MosaicBERT: its names tell of {reason}")
-    if any(problems.values()):
-        found = "; ".join(f"{x}: {listed(names)}" for x, names in problems.items() if names)
-        raise ValueError(f"the source does not fit {type(model).__name__}: {found}")
+    )
     model.load_state_dict(
         {name.removeprefix(prefix): x for name, x in tensors.items()}, assign=True
     )
@@ -491,11 +485,19 @@ def save_jina(model, auto_class: str, folder: Path, tokenizer):
     """Weights, config.json and pooling in Jina's layout, for servers.
 
     Raises:
-        ValueError: a classifier, which servers do not read in this layout, or no tokenizer.
+        ValueError: a classifier, which servers do not read in this layout, a decoder of its own,
+            which they would tie to the embeddings, or no tokenizer.
     """
     if auto_class not in JINA_LAYOUTS:
         raise ValueError(
             f"servers read no {type(model).__name__} in Jina's layout, only embedding models"
+        )
+    if auto_class == "AutoModelForMaskedLM" and not model.config.tie_word_embeddings:
+        raise ValueError(
+            f"Jina's layout has no place for {DECODER}, which is the source's own "
+            "(tie_word_embeddings is false): save its encoder alone, which is all that servers "
+            "read, by AutoModel.from_pretrained(SOURCE, trust_remote_code=True, "
+            "add_pooling_layer=False).save_pretrained(ENCODER), and convert that"
         )
     if tokenizer is None:
         raise ValueError("servers need a tokenizer, and the source has none: pass --tokenizer")

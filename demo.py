@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from embedded_text import embedded_passages
+from mosaic_tools.family import check_loaded
 
 SENTENCE = re.compile(r"(?<![^.] )[A-Z][a-z]*(?: [a-z]+,?){7,17}[.](?= |$)")
 
@@ -91,7 +92,11 @@ def main():
     args = parser.parse_args()
 
     logging.disable_progress_bar()
-    model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=True).eval()
+    model, loaded = AutoModelForMaskedLM.from_pretrained(
+        args.folder, trust_remote_code=True, output_loading_info=True
+    )
+    check_loaded(args.folder, model, loaded)
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     train, held_out = embedded_passages()
 

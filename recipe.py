@@ -36,6 +36,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str | None = option(None, "checkpoint to continue from")
+    new_head: bool = option(False, "of a checkpoint that has no MLM head: train a new one")
     model_type: Literal["mosaic_bert", "bert"] = option(
         "mosaic_bert", "bert: transformers' own, to compare with"
     )

@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForMaskedLM, Trainer, set_seed
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mlm_batches import EndlessStream, MaskingCollator
+from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
 from prepare_data import (
     choose_tokenizer,
     encode,
@@ -62,7 +62,6 @@ from train_callbacks import (
     what_is_torn,
 )
 
-HERE = str(Path(__file__).resolve().parent)
 # Every evaluation masks the same tokens, whatever the training seed.
 EVALUATION_SEED = 17
 
@@ -94,35 +93,40 @@ def build_model(args: ModelArguments, tokenizer, max_seq_length: int):
 
 
 def continued_model(args: ModelArguments, tokenizer, max_seq_length: int):
-    """The weights of a checkpoint, whatever code it brings, in this folder's model."""
+    """The weights of a checkpoint, whatever code it brings, in this folder's model.
+
+    Raises:
+        ValueError: it is no MosaicBERT, or lacks something, an MLM head unless args.new_head; a
+            shape is given too; the tokenizer is another than the checkpoint's.
+    """
+    source = args.model_name_or_path
     if args.shape():
-        raise ValueError(f"{args.model_name_or_path} has its own shape: leave out {args.shape()}")
-    ours = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
-    config = type(ours).from_pretrained(args.model_name_or_path)
+        raise ValueError(f"{source} has its own shape: leave out {args.shape()}")
+    config = read_config(source)
     if largest_id(tokenizer) >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {largest_id(tokenizer)}, {args.model_name_or_path} a "
+            f"the tokenizer has ids up to {largest_id(tokenizer)}, {source} a "
             f"vocabulary of {config.vocab_size}: give the --tokenizer_name it was trained with"
         )
-    if not has_vocabulary_of(args.model_name_or_path, tokenizer):
+    if not has_vocabulary_of(source, tokenizer):
         raise ValueError(
-            f"the tokenizer has other entries than that of {args.model_name_or_path}: leave out "
+            f"the tokenizer has other entries than that of {source}: leave out "
             "--tokenizer_name and --train_tokenizer"
         )
     length = args.alibi_starting_size or max(config.alibi_starting_size, max_seq_length)
     config.alibi_starting_size = config.max_position_embeddings = length
     config.low_precision_layernorm = args.low_precision_layernorm
     config.update(args.dropout())
-    config.pad_token_id, config.auto_map = tokenizer.pad_token_id, ours.auto_map
-    model_class = get_class_from_dynamic_module(ours.auto_map["AutoModelForMaskedLM"], HERE)
-    model_class.register_for_auto_class("AutoModelForMaskedLM")
-    return model_class.from_pretrained(
-        args.model_name_or_path,
-        config=config,
+    config.pad_token_id = tokenizer.pad_token_id
+    model, _ = load(
+        model_class("AutoModelForMaskedLM"),
+        source,
+        config,
+        other_head=args.new_head,
+        flag="--new_head true",
         attn_implementation=args.attn_implementation,
-        # What AdamW updates; transformers 5 would take the checkpoint's.
-        dtype=torch.float32,
     )
+    return model
 
 
 def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
@@ -133,15 +137,10 @@ def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
         return True
 
 
-def is_ours(model) -> bool:
-    # On transformers 4.57 a published checkpoint's config keeps that of its file, "bert".
-    return type(model.config).model_type == "mosaic_bert"
-
-
 def attention_backend(model, args: RecipeArguments) -> str:
     """The backend that the model will choose on this device, in this dtype."""
     config = model.config
-    if not is_ours(model):
+    if not is_ours(config):
         return config._attn_implementation
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     head_dim = config.hidden_size // config.num_attention_heads
@@ -166,7 +165,7 @@ class MlmTrainer(Trainer):
 
     def __init__(self, model, args, train_rows, eval_rows, tokenizer, data: DataArguments):
         collator = MaskingCollator(
-            tokenizer, data.mlm_probability, args.seed, unpads=is_ours(model)
+            tokenizer, data.mlm_probability, args.seed, unpads=is_ours(model.config)
         )
         self.eval_collator = MaskingCollator(tokenizer, data.eval_mlm_probability, EVALUATION_SEED)
         self.throughput = Throughput(model, args.peak_tflops)
@@ -194,7 +193,7 @@ class MlmTrainer(Trainer):
             ],
         )
         # transformers' BERT takes num_items_in_batch and ignores it.
-        self.model_accepts_loss_kwargs = is_ours(model)
+        self.model_accepts_loss_kwargs = is_ours(model.config)
 
     def get_decay_parameter_names(self, model):
         return [name for name, _ in model.named_parameters()]
@@ -502,7 +501,7 @@ def main():
         folder = Path(args.output_dir)
         draw_training(trainer.state.log_history, folder / "training.png", folder.resolve().name)
         kind = "A BERT encoder"
-        if is_ours(model):
+        if is_ours(model.config):
             kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
         dataset = hub_id(data_args.dataset_name)
         write_card(

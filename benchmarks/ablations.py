@@ -5,7 +5,8 @@
     python benchmarks/ablations.py no_glu finetune.py --model runs/no-glu ...
 
 runs the script as it is, on a model whose parts are swapped before it is built, so that the model's
-files need no switch. Only this script reads such a folder rightly: its code is MosaicBERT's.
+files need no switch. What it saves has a model_type of its own, mosaic_bert_no_glu, and no
+auto_map, so that only this script takes the folder, under the same name.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 import mlm_batches  # noqa: E402
+from mosaic_tools import family  # noqa: E402
 
 
 def no_glu(layers) -> dict:
@@ -104,9 +105,25 @@ SWAPS = {f.__name__: f for f in (no_glu, learned_positions, padding_kept, dense_
 
 def model_module():
     """The module that the scripts build the model from."""
-    return sys.modules[
-        get_class_from_dynamic_module("bert_layers.BertForMaskedLM", str(ROOT)).__module__
-    ]
+    return sys.modules[family.model_class("AutoModelForMaskedLM").__module__]
+
+
+@contextlib.contextmanager
+def saved_as(name: str):
+    """Configurations are saved, and read, as this ablation's, which no other code takes."""
+    # transformers may keep a copy of the module for each file that imports it.
+    classes = {model_module().MosaicBertConfig, type(family.our_config())}
+    with contextlib.ExitStack() as swapped:
+        for config_class in classes:
+            to_dict = config_class.to_dict
+
+            def without_code(self, to_dict=to_dict):
+                return {key: x for key, x in to_dict(self).items() if key != "auto_map"}
+
+            model_type = f"{config_class.model_type}_{name}"
+            swapped.enter_context(mock.patch.object(config_class, "model_type", model_type))
+            swapped.enter_context(mock.patch.object(config_class, "to_dict", without_code))
+        yield
 
 
 def run(name: str, script: str, flags: list[str]):
@@ -121,6 +138,7 @@ def run(name: str, script: str, flags: list[str]):
             # It would leave the padding out before the model sees it.
             kept = lambda *args, unpads=False: collator(*args)  # noqa: E731
             swapped.enter_context(mock.patch.object(mlm_batches, "MaskingCollator", kept))
+        swapped.enter_context(saved_as(name))
         swapped.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
         runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -27,6 +27,7 @@ from side_by_side import train
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 sys.path.append(str(ROOT))
+from mosaic_tools.family import check_loaded  # noqa: E402
 from prepare_data import load_files  # noqa: E402
 
 # Trained on the first, evaluated on all.
@@ -123,8 +124,11 @@ def main():
     figures = {}
     for name in plan:
         folder = args.output_dir / name
-        model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model, loaded = AutoModelForMaskedLM.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True
+        )
+        check_loaded(folder, model, loaded)
+        model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         ids = long_documents(args.documents, tokenizer, max(LENGTHS), args.count)
         figures[name] = {

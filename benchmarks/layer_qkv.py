@@ -11,9 +11,14 @@ bfloat16. The last line is JSON: shape, and the largest norms of q and k.
 import argparse
 import itertools
 import json
+import sys
 
 import torch
+from records import ROOT
 from transformers import AutoModel, AutoTokenizer
+
+sys.path.append(str(ROOT))
+from mosaic_tools.family import check_loaded  # noqa: E402
 
 
 def main():
@@ -28,7 +33,10 @@ def main():
     parser.add_argument("--output", default="layer.pt")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
-    model = AutoModel.from_pretrained(args.folder, trust_remote_code=True, add_pooling_layer=False)
+    model, loaded = AutoModel.from_pretrained(
+        args.folder, trust_remote_code=True, add_pooling_layer=False, output_loading_info=True
+    )
+    check_loaded(args.folder, model, loaded, other_head=True)
     with open(args.text) as file:
         documents = (tokenizer(line)["input_ids"] for line in file)
         ids = list(itertools.islice(itertools.chain.from_iterable(documents), args.tokens))

@@ -181,12 +181,62 @@ def test_another_config_without_pad_id_gets_0(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 0
 
 
-def test_a_tied_decoder_is_written_as_tied_whatever_the_config_says(tmp_path):
-    """Else the folder would load with a random decoder."""
+@pytest.mark.parametrize("differs", [True, False], ids=["differs", "as the embeddings"])
+def test_an_untied_decoder_is_kept_and_reloads_bit_for_bit(tmp_path, differs):
+    """It was dropped. torch.save keeps one that was tied as one, which it must not stay."""
+    weights = mlm_weights()
+    if differs:
+        weights[DECODER] = weights[DECODER] + 1
     config = json.loads(MLM.read_text()) | {"tie_word_embeddings": False}
-    run(write_source(tmp_path / "source", mlm_weights(), config), tmp_path / "out")
+    run(write_source(tmp_path / "source", weights, config), tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(saved) == set(weights)
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
     model = load("AutoModelForMaskedLM", tmp_path / "out")
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+    decoder, embeddings = model.cls.predictions.decoder.weight, model.get_input_embeddings().weight
+    assert decoder is not embeddings and torch.equal(decoder, weights[DECODER])
+    assert torch.equal(embeddings, weights["bert.embeddings.word_embeddings.weight"])
+
+
+def test_an_untied_decoder_that_is_not_there_is_missing(tmp_path):
+    weights = {name: x for name, x in mlm_weights().items() if name != DECODER}
+    config = json.loads(MLM.read_text()) | {"tie_word_embeddings": False}
+    with pytest.raises(ValueError, match=f"does not fit BertForMaskedLM: missing: {DECODER}$"):
+        run(write_source(tmp_path / "source", weights, config), tmp_path / "out")
+
+
+def test_jinas_layout_has_no_place_for_an_untied_decoder_but_takes_its_encoder(tmp_path, vocab):
+    weights = mlm_weights() | {DECODER: mlm_weights()[DECODER] + 1}
+    config = json.loads(MLM.read_text()) | {"tie_word_embeddings": False}
+    source = write_source(tmp_path / "source", weights, config)
+    to_jina = tmp_path / "jina", "--layout", "jina", "--tokenizer", vocab
+    with pytest.raises(ValueError, match=f"no place for {DECODER}.*add_pooling_layer=False"):
+        run(source, *to_jina)
+    assert not (tmp_path / "jina").exists()
+    run(source, tmp_path / "ours")
+    encoder = transformers.AutoModel.from_pretrained(
+        tmp_path / "ours", trust_remote_code=True, add_pooling_layer=False
+    )
+    encoder.save_pretrained(tmp_path / "encoder")
+    run(tmp_path / "encoder", *to_jina)
+    run(tmp_path / "jina", tmp_path / "back")
+    assert_holds(tmp_path / "back", without_prefix(encoder_weights()))
+
+
+def test_the_first_names_of_layernorms_weights_are_read(tmp_path):
+    """transformers 5.0 saves under them what it loaded."""
+    old = {"weight": "gamma", "bias": "beta"}
+    weights = {
+        re.sub(r"(?<=LayerNorm\.)\w+$", lambda found: old[found[0]], name): x
+        for name, x in mlm_weights().items()
+    }
+    assert sum(name.endswith(("gamma", "beta")) for name in weights) == 10
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    run(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", mlm_weights())
 
 
 def test_only_the_checkpoint_itself_is_read(tmp_path):
@@ -654,11 +704,13 @@ def test_a_config_of_another_size_is_refused_with_the_shapes(tmp_path):
         run(source, tmp_path / "out")
 
 
-def test_an_untied_decoder_is_refused(tmp_path):
+def test_an_untied_decoder_is_refused_where_the_config_ties_it(tmp_path):
     weights = mlm_weights()
     weights[DECODER] = weights[DECODER] + 1
     source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
-    with pytest.raises(ValueError, match="decoder.weight differs from"):
+    with pytest.raises(
+        ValueError, match='decoder.weight .* differs from .*: write "tie_word_embeddings": false'
+    ):
         run(source, tmp_path / "out")
 
 

@@ -862,8 +862,6 @@ def test_sizes_that_do_not_divide_are_refused():
     for name in ("alibi_starting_size", "vocab_size", "hidden_size", "type_vocab_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             MosaicBertConfig(**{name: 0})
-    with pytest.raises(ValueError, match="tie_word_embeddings must be True"):
-        MosaicBertConfig(tie_word_embeddings=False)
     with pytest.raises(ValueError, match="is_decoder must be False"):
         MosaicBertConfig(is_decoder=True)
 

@@ -266,7 +266,8 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
 def test_a_published_checkpoint_is_continued_as_a_mosaic_bert():
     """transformers 4.57 keeps its config's model_type, "bert"."""
     args = train_mlm.ModelArguments(model_name_or_path=str(ROOT / "tests/goldens/mosaic_tiny"))
-    assert train_mlm.is_ours(train_mlm.continued_model(args, trained_tokenizer(), 64))
+    model = train_mlm.continued_model(args, trained_tokenizer(), 64)
+    assert train_mlm.is_ours(model.config)
 
 
 def test_a_run_says_why_it_computes_in_float32(monkeypatch):
