@@ -1,7 +1,7 @@
 # make test       creates the environment and runs the tests, without GPU or network
 # make test-slow  compiles every variant of the Triton kernel for four chips
-# make demo       creates the environment, pre-trains a small model (about 5 minutes on two cores)
-#                 and lets it fill masks
+# make demo       creates the environment, pre-trains a small model (5 minutes on two cores
+#                 that compute bf16, 8 in float32 on others) and lets it fill masks
 # make lint       ruff
 # make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
