@@ -17,12 +17,17 @@ import itertools
 import math
 import os
 import re
+import zlib
+from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -31,18 +36,21 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .bert_padding import (
     PackedBatch,
     check_shape,
-    exporting,
+    is_functorch_wrapped_tensor,
     pack_batch,
+    pack_flattened,
     packed_before,
     pad_input,
+    tracing,
+    under_vmap,
     unpad_input,
 )
-from .configuration_bert import MosaicBertConfig
+from .configuration_bert import AUTO_MAP, MosaicBertConfig
 
 try:
     # transformers 5: these leave weights alone that a checkpoint has already filled.
@@ -99,12 +107,19 @@ def bias_for_reversed_keys(window: Tensor, seqlen: int) -> Tensor:
 
 
 # ---- attention backends ----
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32, what softmax and losses are computed in; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None, with
 # qkv (total, 3, heads, head_dim), slopes (heads,) float32, context (total, heads, head_dim).
 
 
 def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The reference: scores, bias and probabilities are dense, softmax is in float32.
+    """The reference: scores, bias and probabilities are dense, softmax is in float32 at least.
 
     Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
     """
@@ -123,7 +138,7 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
     bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
     # Scaled before the product, which would leave half precision's range sooner.
-    scores = (query * qkv.shape[-1] ** -0.5 @ key.transpose(-1, -2)).float() + bias
+    scores = at_least_float32(query * qkv.shape[-1] ** -0.5 @ key.transpose(-1, -2)) + bias
     scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
     probs = F.dropout(probs, dropout_p).to(qkv.dtype)
@@ -171,8 +186,8 @@ def sdpa_varlen(
 
 # torch.compile cannot trace a loop over lengths that only the data knows, so there the loop is one
 # operator. Its name carries the module's, since a process may load this file from several
-# repositories.
-NAMESPACE = re.sub(r"\W", "_", __name__)
+# repositories. It takes ASCII only; the checksum tells folders apart whose letters have none.
+NAMESPACE = f"{re.sub(r'[^a-zA-Z0-9]', '_', __name__)}_{zlib.crc32(__name__.encode()):08x}"
 
 
 @contextlib.contextmanager
@@ -243,6 +258,16 @@ def _sdpa_varlen_gradient(ctx, grad):
 sdpa_varlen_op.register_fake(lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape))
 sdpa_varlen_backward_op.register_fake(lambda grad, qkv, *_: qkv.new_empty(qkv.shape))
 sdpa_varlen_op.register_autograd(_sdpa_varlen_gradient, setup_context=_save_inputs)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "there is no second derivative here: use attn_implementation='eager' and "
+        "config.sparse_prediction=False, which have all"
+    )
+
+
+sdpa_varlen_backward_op.register_autograd(_no_second_derivative)
 
 
 def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
@@ -328,7 +353,6 @@ def choose_backend(
 
     | requested | queries                                       | backend                |
     |-----------|-----------------------------------------------|------------------------|
-    | any       | traced by torch.export                        | eager                  |
     | auto      | any, and attentions are to be returned        | eager                  |
     | auto      | on CUDA, Triton is there and can take them    | triton                 |
     | auto      | on CUDA, Triton is there and cannot take them | sdpa, with one warning |
@@ -336,8 +360,6 @@ def choose_backend(
     | a name    | it can take them                              | that name              |
     | a name    | it cannot, or it returns no attentions        | ValueError             |
     """
-    if exporting():
-        return "eager"
     if requested == "auto":
         if output_attentions:
             return "eager"
@@ -372,7 +394,8 @@ def linear_cross_entropy(
     """Cross-entropy of a linear layer's outputs, summed, without holding them all.
 
     Gradients are made on the way, a few rows at a time, so that logits are computed once. Logits
-    are in the dtype of hidden_states; softmax, loss and the sums over chunks are in float32.
+    are in the dtype of hidden_states; softmax, loss and the sums over chunks are in float32, or in
+    float64 where hidden_states are.
 
     Args:
         hidden_states: (labelled, dim). weight: (vocab, dim). bias: (vocab,).
@@ -381,17 +404,18 @@ def linear_cross_entropy(
 
     Returns:
         loss, a float32 scalar, and its gradients in hidden_states, in their dtype, and in weight
-        (without rows unless weight_grad) and bias, float32.
+        (without rows unless weight_grad) and bias, float32; float64 as said above.
     """
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
     narrow_weight, narrow_bias = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
     rows = max(1, min(LOSS_ROWS, LOSS_BYTES // (4 * len(weight))))
-    loss = hidden_states.new_zeros((), dtype=torch.float32)
-    bias_sum = torch.zeros_like(bias, dtype=torch.float32)
+    loss = hidden_states.new_zeros((), dtype=wide)
+    bias_sum = torch.zeros_like(bias, dtype=wide)
     weight_sum, hidden_grads = None, []
     with torch.autocast(hidden_states.device.type, enabled=False):
         for x, label in zip(hidden_states.split(rows), labels[:, None].split(rows), strict=True):
             logits = torch.addmm(narrow_bias, x, narrow_weight.T)  # (rows, vocab)
-            log_probs = logits.log_softmax(-1, dtype=torch.float32)
+            log_probs = logits.log_softmax(-1, dtype=wide)
             label_log_prob = log_probs.gather(1, label)
             loss -= label_log_prob.sum()
             # The logits' gradient, in their place: softmax, less 1 at the label, where the
@@ -399,12 +423,12 @@ def linear_cross_entropy(
             grad = torch.exp(log_probs, out=logits)
             grad.scatter_(1, label, label_log_prob.expm1().to(grad.dtype))
             hidden_grads.append(grad @ narrow_weight)
-            bias_sum += grad.sum(0, dtype=torch.float32)
+            bias_sum += grad.sum(0, dtype=wide)
             if weight_grad:
                 part = grad.T @ x
-                weight_sum = part.float() if weight_sum is None else weight_sum.add_(part)
+                weight_sum = part.to(wide) if weight_sum is None else weight_sum.add_(part)
     if not weight_grad:
-        weight_sum = weight.new_empty((0, weight.shape[1]), dtype=torch.float32)
+        weight_sum = weight.new_empty((0, weight.shape[1]), dtype=wide)
     return loss, torch.cat(hidden_grads), weight_sum, bias_sum
 
 
@@ -417,11 +441,12 @@ linear_cross_entropy_op = torch.library.custom_op(
 @linear_cross_entropy_op.register_fake
 def _(hidden_states, weight, bias, labels, weight_grad):
     rows = weight.shape[0] if weight_grad else 0
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
     return (
-        hidden_states.new_empty((), dtype=torch.float32),
+        hidden_states.new_empty((), dtype=wide),
         hidden_states.new_empty(hidden_states.shape),
-        weight.new_empty(rows, weight.shape[1], dtype=torch.float32),
-        torch.empty_like(bias, dtype=torch.float32),
+        weight.new_empty(rows, weight.shape[1], dtype=wide),
+        torch.empty_like(bias, dtype=wide),
     )
 
 
@@ -433,22 +458,58 @@ def _save_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+class Once(torch.autograd.Function):
+    """The first tensors of twice as many, as functions of the others that cannot be derived."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors[: len(tensors) // 2]
+
+    backward = staticmethod(_no_second_derivative)
+
+
 def _scale_gradients(ctx, grad, *_):
-    # In float32: a half-precision tensor times grad would round grad to half precision first.
-    scaled = [x.to(torch.float32, copy=True).mul_(grad) for x in ctx.saved_tensors]
-    hidden, weight, bias = (x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
+    if grad is None:
+        return None, None, None, None, None
+    saved = ctx.saved_tensors
+    with torch.no_grad():
+        # In float32: a half-precision tensor times grad would round grad to half precision first.
+        scaled = [x.to(grad.dtype, copy=True).mul_(grad) for x in saved]
+        scaled = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
+    if torch.is_grad_enabled():
+        # create_graph=True: what is derived again must not pass for constant.
+        scaled = Once.apply(*scaled, *saved)
+    hidden, weight, bias = scaled
     return hidden, weight if ctx.weight_grad else None, bias, None, None
 
 
 linear_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
+def operator_takes(*tensors: Tensor) -> bool:
+    """Whether `linear_cross_entropy_op` is right for these tensors.
+
+    It is not for tensor subclasses (torchao's quantized weights, DTensors), nor for derivatives
+    that autograd does not take backward through it: torch.func's, and forward mode.
+    """
+    if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not any(
+        is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+        for x in tensors
+    )
+
+
 # ---- the model ----
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device, None where it is off or, as on meta, unknown."""
-    if not torch.amp.is_autocast_available(device.type):
+    """What autocast computes in on this device, None where it is off."""
+    # Meta knows no autocast, and raises when asked. (Dynamo before torch 2.13 cannot trace
+    # torch.amp.is_autocast_available, which would tell.)
+    if device.type == "meta":
         return None
     enabled = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
@@ -510,7 +571,10 @@ class BertEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None) -> Tensor:
-        """input_ids, token_type_ids (total,), or inputs_embeds (total, dim) -> (total, dim)."""
+        """input_ids, token_type_ids (total,), or inputs_embeds (total, dim) -> (total, dim).
+
+        (batch, seqlen) in place of total where a hook looks on, see `BertModel.embed`.
+        """
         if inputs_embeds is None:
             check_ids("input_ids", input_ids, self.config.vocab_size, TOKENIZER)
             inputs_embeds = self.word_embeddings(input_ids)
@@ -529,7 +593,8 @@ LABELS = "load the model with num_labels=, or leave the label out by -100"
 
 def check_ids(name: str, ids: Tensor, count: int, hint: str):
     """ValueError for ids outside 0..count - 1; only where looking costs no synchronisation."""
-    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling() or tracing() or under_vmap(ids)
+    if ids.is_cpu and ids.numel() and not recorded:
         low, high = (x.item() for x in ids.aminmax())
         if low < 0 or high >= count:
             raise ValueError(
@@ -607,8 +672,8 @@ class BertGatedLinearUnitMLP(nn.Module):
         return self.layernorm(self.wo(self.dropout(self.act(gate) * value)) + hidden_states)
 
 
-class BertLayer(nn.Module):
-    """Attention, then MLP."""
+class BertLayer(GradientCheckpointingLayer):
+    """Attention, then MLP. Under gradient checkpointing its tensors must be passed by position."""
 
     def __init__(self, config):
         super().__init__()
@@ -628,7 +693,6 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -639,17 +703,22 @@ class BertEncoder(nn.Module):
     ):
         """(total, dim) -> (total, dim), or (labelled, dim) if the batch names labelled tokens.
 
-        Returns also the list of hidden states, of the embeddings and of each layer, and the list of
-        attention probabilities; each None unless asked for.
+        Returns also the list of hidden states (batch, seqlen, dim), of the embeddings and of each
+        layer, and the list of attention probabilities; each None unless asked for. A hidden state
+        that is returned is the tensor that the next layer reads, so that it has a gradient.
         """
         heads, device = self.config.num_attention_heads, hidden_states.device
-        backend = choose_backend(
-            self.config._attn_implementation,
-            device,
-            autocast_dtype(device) or hidden_states.dtype,
-            self.config.hidden_size // heads,
-            output_attentions,
-        )
+        if batch.rows is not None:
+            # Only eager can mask padding that stays.
+            backend = "eager"
+        else:
+            backend = choose_backend(
+                self.config._attn_implementation,
+                device,
+                autocast_dtype(device) or hidden_states.dtype,
+                self.config.hidden_size // heads,
+                output_attentions,
+            )
         # Not len(), which torch.export takes for a constant.
         if hidden_states.shape[0] == 0:
             # Kernels want at least one sequence; eager takes none.
@@ -660,17 +729,20 @@ class BertEncoder(nn.Module):
         # Filled in, since copying a list to a GPU waits for everything queued there.
         like = {"dtype": torch.float32, "device": device}
         slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
-        states = [hidden_states] if output_hidden_states else None
+        states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
+
+        def seen(hidden_states):
+            if states is None:
+                return hidden_states
+            states.append(pad_input(hidden_states, batch))
+            return unpad_input(states[-1], batch)
+
+        hidden_states = seen(hidden_states)
         for i, layer in enumerate(self.layer):
             keep = batch.labelled if i == len(self.layer) - 1 else None
-            inputs = (hidden_states, slopes, batch, backend, keep)
-            if self.gradient_checkpointing and self.training:
-                hidden_states, probs = self._gradient_checkpointing_func(layer.__call__, *inputs)
-            else:
-                hidden_states, probs = layer(*inputs)
-            if output_hidden_states:
-                states.append(hidden_states)
+            hidden_states, probs = layer(hidden_states, slopes, batch, backend, keep)
+            hidden_states = seen(hidden_states)
             if output_attentions:
                 attentions.append(probs)
         return hidden_states, states, attentions
@@ -735,6 +807,84 @@ class BertOnlyMLMHead(nn.Module):
         return self.predictions(hidden_states, labels)
 
 
+# ---- arguments that callers of transformers' BERT pass besides ----
+
+# Without meaning here, as in transformers' encoders.
+MEANINGLESS = ("use_cache", "cache_position", "special_tokens_mask", "offset_mapping")
+MEANINGLESS += ("overflow_to_sample_mapping", "num_truncated_tokens", "length")
+# They would change the result, and are refused unless None.
+REFUSED = {
+    "head_mask": "heads cannot be masked",
+    "past_key_values": "an encoder keeps none. Prefix tuning needs them; LoRA, prompt tuning and "
+    "p-tuning do not",
+    "encoder_hidden_states": "MosaicBERT has no cross-attention",
+    "encoder_attention_mask": "MosaicBERT has no cross-attention",
+}
+# Where a flattening collator says its sequences begin.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def find_sequences(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+    batch: PackedBatch | None,
+    extras: dict,
+) -> PackedBatch:
+    """The PackedBatch of a forward pass: handed over, or made of bounds, or of mask and positions.
+
+    Args:
+        extras: further keyword arguments of the forward pass, of the names above.
+        The others are as in `pack_batch` and `packed_before`.
+
+    Raises:
+        TypeError: a name that is in none of the tables.
+        ValueError: one that is refused, or inputs that contradict each other.
+    """
+    for name, value in extras.items():
+        if name not in (*MEANINGLESS, *REFUSED, *BOUNDS):
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        if name in REFUSED and value is not None:
+            raise ValueError(f"{name} must be None: {REFUSED[name]}")
+    bounds = {name: extras[name] for name in BOUNDS if extras.get(name) is not None}
+    if bounds and (batch is not None or attention_mask is not None or len(tokens) != 1):
+        raise ValueError(
+            f"{', '.join(bounds)} are for one row without attention_mask or batch, "
+            f"got {len(tokens)} rows"
+        )
+    if batch is not None:
+        return packed_before(batch, tokens, attention_mask, position_ids)
+    if "cu_seq_lens_q" in bounds and not tracing():
+        batch = pack_flattened(tokens, bounds["cu_seq_lens_q"], bounds.get("max_length_q"), labels)
+    elif bounds and position_ids is None:
+        raise ValueError(f"{', '.join(bounds)}: give position_ids too")
+    else:
+        batch = pack_batch(tokens, attention_mask, position_ids, labels)
+    if bounds and tokens.is_cpu and not (torch.compiler.is_compiling() or tracing()):
+        check_bounds(batch, tokens, position_ids, bounds)
+    return batch
+
+
+def check_bounds(batch: PackedBatch, tokens: Tensor, position_ids: Tensor | None, bounds: dict):
+    """ValueError unless all that a flattening collator says tells of the same sequences."""
+    told = {"cu_seq_lens_k": bounds.get("cu_seq_lens_k")}
+    if "seq_idx" in bounds:
+        changes = bounds["seq_idx"].flatten().diff().nonzero().squeeze(1) + 1
+        told["seq_idx"] = F.pad(F.pad(changes, (1, 0)), (0, 1), value=tokens.shape[1])
+    if position_ids is not None and "cu_seq_lens_q" in bounds:
+        by_position = pack_batch(tokens, None, position_ids)
+        if by_position.positions is not None:
+            raise ValueError("position_ids beside cu_seq_lens_q must rise by 1 in each sequence")
+        told["position_ids"] = by_position.cu_seqlens
+    for name, cu_seqlens in told.items():
+        if cu_seqlens is not None and not torch.equal(cu_seqlens.int(), batch.cu_seqlens):
+            raise ValueError(
+                f"{name} tells of sequences that begin at {cu_seqlens.tolist()[:-1]}, the other "
+                f"inputs of {batch.cu_seqlens.tolist()[:-1]}"
+            )
+
+
 class BertPreTrainedModel(PreTrainedModel):
     """What all models share: configuration, initialisation, choice of attention backend."""
 
@@ -746,9 +896,10 @@ class BertPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config, *args, **kwargs):
-        if not isinstance(config, MosaicBertConfig):
+        # Another copy of this folder's code has a class of its own for the same configuration.
+        if type(config).model_type != MosaicBertConfig.model_type:
             config = MosaicBertConfig.from_stock(config)
-        config.complete()
+        MosaicBertConfig.complete(config)
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module):
@@ -790,6 +941,8 @@ class BertPreTrainedModel(PreTrainedModel):
 class BertModel(BertPreTrainedModel):
     """The encoder, and a pooler unless `add_pooling_layer=False`, for checkpoints without one."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = BertEmbeddings(self.config)
@@ -814,6 +967,7 @@ class BertModel(BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         batch: PackedBatch | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -822,8 +976,8 @@ class BertModel(BertPreTrainedModel):
                 may be anywhere.
             token_type_ids: (batch, seqlen) int64; zeros if None.
             position_ids: (batch, seqlen) or (1, seqlen) int64, increasing; distances are taken from
-                them and each 0 begins a new sequence, which attends to itself only. None: places in
-                the row.
+                them. Each 0 begins a new sequence, which attends to itself only; in a row whose
+                tokens have no 0, so does the position of its first token. None: places in the row.
             inputs_embeds: (batch, seqlen, dim), in place of input_ids.
             output_attentions: return each layer's probabilities (batch, heads, seqlen, seqlen);
                 needs "eager" or no attn_implementation; as config.output_attentions set after
@@ -834,6 +988,9 @@ class BertModel(BertPreTrainedModel):
             batch: `pack_batch` of these inputs, made before, in place of attention_mask and
                 position_ids. The last hidden state then stays unpadded, (total, dim), or (labelled,
                 dim) if the batch names labelled tokens, and is not pooled.
+            **kwargs: what a flattening collator says of its sequences (BOUNDS), in place of
+                attention_mask, for one row; and what transformers' BERT takes without a meaning for
+                an encoder (MEANINGLESS).
 
         Returns:
             BaseModelOutputWithPooling: last_hidden_state (batch, seqlen, dim), zeros at padding;
@@ -842,7 +999,8 @@ class BertModel(BertPreTrainedModel):
         Raises:
             ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
                 without embedding (on the CPU), a backend that cannot take these tensors, hidden
-                states asked for of a batch that names labelled tokens.
+                states asked for of a batch that names labelled tokens, an argument of REFUSED.
+            TypeError: an unknown argument.
         """
         tokens = exactly_one(input_ids, inputs_embeds)
         check_shape("token_type_ids", token_type_ids, tokens.shape[:2])
@@ -851,33 +1009,43 @@ class BertModel(BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         stays_packed = batch is not None
-        if stays_packed:
-            batch = packed_before(batch, tokens, attention_mask, position_ids)
-            if output_hidden_states and batch.labelled is not None:
-                raise ValueError(
-                    "output_hidden_states needs a batch that was packed without labels: the last "
-                    "layer makes those of labelled tokens only"
-                )
-        else:
-            batch = pack_batch(tokens, attention_mask, position_ids)
-
-        inputs = [input_ids, token_type_ids, inputs_embeds]
-        inputs = [x if x is None else unpad_input(x, batch) for x in inputs]
+        batch = find_sequences(tokens, attention_mask, position_ids, None, batch, kwargs)
+        if output_hidden_states and batch.labelled is not None:
+            raise ValueError(
+                "output_hidden_states needs a batch that was packed without labels: the last layer "
+                "makes those of labelled tokens only"
+            )
         last, states, attentions = self.encoder(
-            self.embeddings(*inputs), batch, output_attentions, output_hidden_states
+            self.embed(input_ids, token_type_ids, inputs_embeds, batch),
+            batch,
+            output_attentions,
+            output_hidden_states,
         )
-        if stays_packed:
-            pooled = None
-        else:
-            last = pad_input(last, batch)
+        pooled = None
+        if not stays_packed:
+            last = pad_input(last, batch) if states is None else states[-1]
             pooled = None if self.pooler is None else self.pooler(last)
         output = BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=pooled,
-            hidden_states=tuple(pad_input(x, batch) for x in states) if states else None,
+            hidden_states=tuple(states) if states else None,
             attentions=tuple(attentions) if attentions else None,
         )
         return self._finish(output, return_dict)
+
+    def embed(self, input_ids, token_type_ids, inputs_embeds, batch: PackedBatch) -> Tensor:
+        """The embeddings of the real tokens, (total, dim).
+
+        Hooks on the embeddings, as NEFTune's or Captum's, expect to see (batch, seqlen, dim): where
+        there are any, padding is embedded too, as id 0, and then left out.
+        """
+        inputs = [input_ids, token_type_ids, inputs_embeds]
+        inputs = [x if x is None else unpad_input(x, batch) for x in inputs]
+        hooked = any(x._forward_hooks or x._forward_pre_hooks for x in self.embeddings.modules())
+        if not hooked:
+            return self.embeddings(*inputs)
+        inputs = [x if x is None else pad_input(x, batch) for x in inputs]
+        return unpad_input(self.embeddings(*inputs), batch)
 
 
 def exactly_one(input_ids, inputs_embeds):
@@ -895,7 +1063,8 @@ def exactly_one(input_ids, inputs_embeds):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Mean over labels other than -100, in float32; 0 with a gradient graph if there are none.
+    """Mean over labels other than -100; 0 with a gradient graph if there are none. In float32 at
+    least.
 
     Args:
         logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of
@@ -903,7 +1072,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
     """
     labels = labels.long().to(logits.device)
     check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1], LABELS)
-    return mean_loss(F.cross_entropy(logits.float(), labels, reduction="sum"), labels, count)
+    loss = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
+    return mean_loss(loss, labels, count)
 
 
 def mean_loss(total: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
@@ -922,7 +1092,7 @@ def classifier_dropout(config) -> nn.Dropout:
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Loss of `BertForSequenceClassification`, in float32.
+    """Loss of `BertForSequenceClassification`, in float32 at least.
 
     Args:
         logits: (batch, num_labels).
@@ -950,7 +1120,8 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> T
         check_shape("labels", labels, (batch,), (batch, 1))
         labels = labels.reshape(batch, 1)
     check_shape("labels", labels, (batch, num_labels))
-    return losses[problem_type](logits.float(), labels.float())
+    logits = at_least_float32(logits)
+    return losses[problem_type](logits, labels.to(logits.dtype))
 
 
 def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
@@ -964,6 +1135,29 @@ def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
     )
 
 
+@dataclass
+class MaskedLMLossOutput(ModelOutput):
+    """What `BertForMaskedLM` returns in training with labels: no logits, and who asks learns why.
+
+    Args:
+        loss: float32 scalar.
+        hidden_states, attentions: as in MaskedLMOutput.
+    """
+
+    loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    def __getattr__(self, name):
+        if name == "logits":
+            raise AttributeError(
+                "no logits are made in training with labels, which saves most of their cost and "
+                "memory. To have them, as for distillation, set model.config.sparse_prediction = "
+                "False, or call the model without labels"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
 class BertForMaskedLM(BertPreTrainedModel):
     """Masked language modelling, with the decoder tied to the word embeddings."""
 
@@ -971,6 +1165,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
     }
     accepts_loss_kwargs = True
+
+    _auto_class = "AutoModelForMaskedLM"
 
     def __init__(self, config):
         super().__init__(config)
@@ -983,6 +1179,17 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     def set_output_embeddings(self, value):
         self.cls.predictions.decoder = value
+
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
+        """As transformers', which calls it. Release 5.0 leaves a decoder untied that the checkpoint
+        stores beside its equal, the word embeddings, as published ones do."""
+        if missing_keys is not None:
+            kwargs["missing_keys"] = missing_keys
+            decoder, words = self.get_output_embeddings().weight, self.get_input_embeddings().weight
+            tied = self.config.tie_word_embeddings and not decoder.is_meta
+            if tied and torch.equal(decoder, words):
+                missing_keys.add("cls.predictions.decoder.weight")
+        super().tie_weights(**kwargs)
 
     def forward(
         self,
@@ -997,6 +1204,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         batch: PackedBatch | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -1011,10 +1219,10 @@ class BertForMaskedLM(BertPreTrainedModel):
 
         Returns:
             MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding.
-            In training with labels and `config.sparse_prediction`, logits are None, unless hidden
-            states are asked for. Where another module took the place of `cls` or its decoder, as
-            adapters do, they are then those of the labelled tokens, (labelled, vocab) in row-major
-            order.
+            MaskedLMLossOutput, which has no logits, in training with labels and
+            `config.sparse_prediction`, unless hidden states are asked for. Where the head is not
+            this file's own (adapters, quantized weights), and under torch.func, logits are then
+            those of the labelled tokens, (labelled, vocab) in row-major order.
 
         Raises:
             ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.
@@ -1024,12 +1232,10 @@ class BertForMaskedLM(BertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         sparse = self.training and self.config.sparse_prediction and not output_hidden_states
-        if batch is None:
-            batch = pack_batch(tokens, attention_mask, position_ids, labels if sparse else None)
-        else:
-            batch = packed_before(batch, tokens, attention_mask, position_ids)
-            if not sparse or labels is None:
-                batch = batch._replace(labelled=None)
+        wanted = labels if sparse else None
+        batch = find_sequences(tokens, attention_mask, position_ids, wanted, batch, kwargs)
+        if wanted is None:
+            batch = batch._replace(labelled=None)
         outputs = self.bert(
             input_ids,
             token_type_ids=token_type_ids,
@@ -1039,23 +1245,32 @@ class BertForMaskedLM(BertPreTrainedModel):
             return_dict=True,
             batch=batch,
         )
-        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        hidden_states, loss = outputs.last_hidden_state, None
         if labels is not None:
             labels = unpad_input(labels.long().to(hidden_states.device), batch)
         if batch.labelled is not None:
             labels = labels.index_select(0, batch.labelled.to(labels.device))
-        # Adapters and BiRNA-BERT's users put other modules there, which give logits only.
-        head = self.cls if isinstance(self.cls, BertOnlyMLMHead) else None
-        if batch.labelled is not None and head and type(head.predictions.decoder) is nn.Linear:
+        if batch.labelled is not None and self.head_is_plain():
             loss = mean_loss(self.cls(hidden_states, labels), labels, num_items_in_batch)
-        else:
-            logits = self.cls(hidden_states)
-            if labels is not None:
-                loss = cross_entropy(logits, labels, num_items_in_batch)
-            if batch.labelled is None:
-                logits = pad_input(logits, batch)
+            output = MaskedLMLossOutput(loss, outputs.hidden_states, outputs.attentions)
+            return self._finish(output, return_dict)
+        logits = self.cls(hidden_states)
+        if labels is not None:
+            loss = cross_entropy(logits, labels, num_items_in_batch)
+        if batch.labelled is None:
+            logits = pad_input(logits, batch)
         output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return self._finish(output, return_dict)
+
+    def head_is_plain(self) -> bool:
+        """Whether the head is this file's own, so that its loss can be had without logits.
+
+        Adapters and BiRNA-BERT's users put other modules there, which give logits only.
+        """
+        if not isinstance(self.cls, BertOnlyMLMHead):
+            return False
+        decoder = self.cls.predictions.decoder
+        return type(decoder) is nn.Linear and operator_takes(decoder.weight, decoder.bias)
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
@@ -1063,6 +1278,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
     A row that packs several sequences is judged by its first.
     """
+
+    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config):
         super().__init__(config)
@@ -1083,6 +1300,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -1108,6 +1326,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
             output_attentions,
             output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         logits, loss = self.classifier(self.dropout(outputs.pooler_output)), None
         if labels is not None:
@@ -1118,6 +1337,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
 class BertForTokenClassification(BertPreTrainedModel):
     """Classification of each token."""
+
+    _auto_class = "AutoModelForTokenClassification"
 
     def __init__(self, config):
         super().__init__(config)
@@ -1138,6 +1359,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -1159,6 +1381,7 @@ class BertForTokenClassification(BertPreTrainedModel):
             output_attentions,
             output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         logits, loss = self.classifier(self.dropout(outputs.last_hidden_state)), None
         if labels is not None:
@@ -1170,6 +1393,8 @@ class BertForTokenClassification(BertPreTrainedModel):
 
 class BertForQuestionAnswering(BertPreTrainedModel):
     """Start and end of an answer within the row."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config):
         super().__init__(config)
@@ -1189,6 +1414,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -1212,6 +1438,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             output_attentions,
             output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
@@ -1229,6 +1456,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
 class BertForMultipleChoice(BertPreTrainedModel):
     """One score for each choice, from its pooled first token."""
+
+    _auto_class = "AutoModelForMultipleChoice"
 
     def __init__(self, config):
         super().__init__(config)
@@ -1248,6 +1477,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -1276,6 +1506,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
         loss = None
@@ -1284,3 +1515,16 @@ class BertForMultipleChoice(BertPreTrainedModel):
             loss = cross_entropy(logits, labels.flatten())
         output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return self._finish(output, return_dict)
+
+
+def register_for_auto_classes():
+    """Teaches transformers' Auto classes MosaicBERT for this process, without trust_remote_code.
+
+    For tools that cannot pass it (GLiNER, spaCy-transformers, Flair's tagger), and for
+    EncoderDecoderModel. Folders then run the code that this function comes from, not their own.
+    """
+    transformers.AutoConfig.register(MosaicBertConfig.model_type, MosaicBertConfig, exist_ok=True)
+    for auto_class, name in AUTO_MAP.items():
+        if auto_class != "AutoConfig":
+            model_class = globals()[name.removeprefix("bert_layers.")]
+            getattr(transformers, auto_class).register(MosaicBertConfig, model_class, exist_ok=True)

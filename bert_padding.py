@@ -3,7 +3,7 @@
 
 `pack_batch` reads the attention mask and position ids and says where the real tokens are and which
 of them form a sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and
-(total, ...). Under torch.export padding stays, masked: a graph for all masks can leave nothing out.
+(total, ...). Where values cannot be asked for, under a tracer and on meta, padding stays, masked.
 Legend: total = tokens that are not padding; a row may hold several sequences, or none.
 """
 
@@ -12,6 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+except ImportError:  # torch's own, which a release may rename: torch.func is refused less clearly
+
+    def is_functorch_wrapped_tensor(x):
+        return False
 
 
 class PackedBatch(NamedTuple):
@@ -29,7 +36,7 @@ class PackedBatch(NamedTuple):
         labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody
             asked.
         tile_map: (pieces, 2) int32, the Triton kernel's plan of the batch, or None: it has none.
-        rows: only under torch.export. Each (batch, seqlen) int64: which of its row's sequences a
+        rows: only where padding stays. Each (batch, seqlen) int64: which of its row's sequences a
             token belongs to, from 1, and 0 at padding; and its position. `total` is then batch *
             seqlen.
     """
@@ -47,7 +54,7 @@ class PackedBatch(NamedTuple):
 
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
     """ValueError unless x is None or has one of the allowed shapes."""
-    if x is not None and all(x.shape != torch.Size(shape) for shape in allowed):
+    if x is not None and all(tuple(x.shape) != tuple(shape) for shape in allowed):
         expected = " or ".join(str(tuple(shape)) for shape in allowed)
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
 
@@ -86,7 +93,8 @@ def pack_batch(
         attention_mask: (batch, seqlen) bool, int or float, 1 for real tokens and 0 for padding,
             zeros anywhere.
         position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances
-            are taken from them, and each 0 begins a new sequence, also where the mask hides it.
+            are taken from them. Each 0 begins a new sequence, also where the mask hides it; in a
+            row whose real tokens have no 0, so does the position of the first of them.
         labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled` is found too.
 
     Raises:
@@ -99,7 +107,7 @@ def pack_batch(
     check_shape("labels", labels, (batch, seqlen))
     if seqlen == 0:
         raise ValueError(f"the batch has no tokens: its shape is {tuple(tokens.shape)}")
-    if exporting():
+    if tracing() or tokens.device.type == "meta":
         rows = _mark_sequences(tokens, attention_mask, position_ids)
         return PackedBatch(batch, seqlen, None, None, seqlen, rows=rows)
     if attention_mask is None and position_ids is None and labels is None:
@@ -109,6 +117,39 @@ def pack_batch(
         tokens, attention_mask, position_ids, labels, torch.compiler.is_compiling()
     )
     return PackedBatch(batch, seqlen, *found)
+
+
+def pack_flattened(
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    labels: Tensor | None = None,
+) -> PackedBatch:
+    """`pack_batch` of one row of sequences end to end, whose bounds a flattening collator knows.
+
+    Args:
+        tokens: (1, total) ids or (1, total, dim) embeddings; only shape and device are read.
+        cu_seqlens: (sequences + 1,) int, rising from 0 to total.
+        max_seqlen: at least the tokens of the longest sequence; found if None.
+        labels: as in `pack_batch`.
+
+    Raises:
+        ValueError: a shape does not fit, or (on a CPU, where looking costs no synchronisation) the
+            bounds are none.
+    """
+    seqlen = tokens.shape[1]
+    check_shape("labels", labels, (1, seqlen))
+    cu_seqlens = cu_seqlens.int()
+    if max_seqlen is None:
+        max_seqlen = cu_seqlens.diff().max()
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        lengths = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != seqlen or (lengths < 1).any():
+            raise ValueError(f"cu_seqlens must rise from 0 to {seqlen}, got {cu_seqlens.tolist()}")
+        if lengths.max() > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence {lengths.max()}")
+    labelled = None if labels is None else (labels[0] != -100).nonzero().squeeze(1)
+    return PackedBatch(1, seqlen, None, cu_seqlens, int(max_seqlen), labelled=labelled)
 
 
 def packed_before(
@@ -123,11 +164,17 @@ def packed_before(
     to these tokens is judged by their shape only: to look at more would wait for the device.
 
     Raises:
-        ValueError: a mask or position ids beside it, or another shape than that of the tokens.
+        ValueError: a mask or position ids beside it, another shape than that of the tokens, or a
+            tracer.
     """
     if not (attention_mask is None and position_ids is None):
         raise ValueError("give batch, or attention_mask and position_ids, not both")
     batch = PackedBatch(**batch) if isinstance(batch, Mapping) else PackedBatch(*batch)
+    if tracing() and batch.rows is None:
+        raise ValueError(
+            "a traced graph would keep this batch's sequences for all inputs: give attention_mask "
+            "and position_ids instead of batch"
+        )
     if (batch.batch, batch.seqlen) != tuple(tokens.shape[:2]):
         raise ValueError(
             f"batch was packed from shape {(batch.batch, batch.seqlen)}, "
@@ -136,9 +183,33 @@ def packed_before(
     return batch
 
 
-def exporting() -> bool:
-    """Whether torch.export is tracing, which torch tells since 2.7."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+def tracing() -> bool:
+    """Whether a tracer that cannot follow data is recording: torch.export (which torch tells since
+    2.7), torch.jit.trace, or the ONNX exporter built on it."""
+    exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    # Dynamo before torch 2.13 takes is_exporting() for true in torch.compile too, but not its flag.
+    exporting = exporting and getattr(torch.compiler, "_is_exporting_flag", True)
+    return exporting or torch.jit.is_tracing()
+
+
+def under_vmap(x: Tensor | None) -> bool:
+    """Whether x stands for many tensors, whose values nobody can ask for."""
+    while x is not None and is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
+
+
+def _begins_sequence(position_ids, attention_mask):
+    """(batch, seqlen) bool: where `pack_batch` sees a sequence begin, by position_ids of that shape
+    and a mask of it or None."""
+    is_zero = position_ids == 0
+    real = torch.ones_like(is_zero) if attention_mask is None else attention_mask != 0
+    # Of each row, the position of its first real token, or 0 if one has it.
+    first = position_ids.gather(1, real.long().argmax(1, keepdim=True))
+    first = first.masked_fill((is_zero & real).any(1, keepdim=True), 0)
+    return is_zero | (position_ids == first)
 
 
 def _mark_sequences(tokens, attention_mask, position_ids):
@@ -149,7 +220,7 @@ def _mark_sequences(tokens, attention_mask, position_ids):
         sequences = torch.ones_like(positions)
     else:
         positions = position_ids.expand(shape)
-        sequences = 1 + (positions == 0).cumsum(1)
+        sequences = 1 + _begins_sequence(positions, attention_mask).long().cumsum(1)
     if attention_mask is not None:
         sequences = sequences * (attention_mask != 0)
     return sequences, positions
@@ -162,6 +233,11 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     Their sizes depend on data: torch.compile breaks its graph here, and only here.
     """
     batch, seqlen = tokens.shape[:2]
+    if any(map(under_vmap, (attention_mask, position_ids, labels))):
+        raise ValueError(
+            "vmap cannot go over rows with attention_mask, position_ids or labels, since their "
+            "tokens are found by value: leave these out, or call the model on the whole batch"
+        )
     if attention_mask is None:
         attention_mask = torch.ones(batch, seqlen, dtype=torch.bool, device=tokens.device)
     elif (strange := attention_mask[(attention_mask != 0) & (attention_mask != 1)]).numel():
@@ -171,17 +247,20 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     indices = attention_mask.flatten().nonzero().squeeze(1)
     total = indices.numel()
     ids = indices % seqlen
-    # What must be equal within a sequence: the row, and how many zeros of position_ids came before.
+    # What must be equal within a sequence: the row, and how many beginnings came before.
     row = segment = indices // seqlen
     if position_ids is not None:
         position_ids = position_ids.expand(batch, seqlen)
         ids = position_ids.flatten()[indices]
-        segment = (position_ids == 0).cumsum(1).flatten()[indices]
+        segment = _begins_sequence(position_ids, attention_mask).cumsum(1).flatten()[indices]
 
     starts = torch.ones(total, dtype=torch.bool, device=tokens.device)
     starts[1:] = (row[1:] != row[:-1]) | (segment[1:] != segment[:-1])
     if position_ids is not None and not (starts[1:] | (ids[1:] > ids[:-1])).all():
-        raise ValueError("position_ids must increase within a sequence; a 0 begins a new one")
+        raise ValueError(
+            "position_ids must increase within a sequence; a 0, or the row's first position again, "
+            "begins a new one"
+        )
 
     first = starts.nonzero().squeeze(1)
     cu_seqlens = torch.nn.functional.pad(first, (0, 1), value=total).int()

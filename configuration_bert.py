@@ -6,7 +6,20 @@ would build a stock BERT from it. `BertConfig` stays as an alias: it is the name
 `auto_map`.
 """
 
+import copy
+
 from transformers import BertConfig as StockBertConfig
+
+# The classes of this package, for folders that are written by it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_bert.MosaicBertConfig",
+    "AutoModel": "bert_layers.BertModel",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
+    "AutoModelForTokenClassification": "bert_layers.BertForTokenClassification",
+    "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
+}
 
 
 class MosaicBertConfig(StockBertConfig):
@@ -25,13 +38,16 @@ class MosaicBertConfig(StockBertConfig):
             `logits`. Asking for hidden states turns it off for that call.
         **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM
             head; the gated MLP always uses the exact GELU. `position_embedding_type` is accepted,
-            since published files carry it, and unused.
+            since published files carry it, and unused. `tie_word_embeddings=False` gives the MLM
+            head's decoder a weight of its own.
 
     Raises:
         ValueError: sizes that no model can have; see `complete`.
     """
 
     model_type = "mosaic_bert"
+    # So that saving writes the code too, however the class was imported.
+    _auto_class = "AutoConfig"
 
     def __init__(
         self,
@@ -50,14 +66,21 @@ class MosaicBertConfig(StockBertConfig):
         self.complete()
 
     def complete(self):
-        """Refuses sizes of no model, and lets max_position_embeddings reach alibi_starting_size.
+        """Fills in what is missing, refuses sizes of no model, and lets max_position_embeddings
+        reach alibi_starting_size.
 
-        Models call it too, since fields may be set after the configuration is made.
+        Models call it too, since fields may be set after the configuration is made, and with
+        configurations of other copies of this file, which may be older.
 
         Raises:
-            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads,
-                untied embeddings, or a decoder.
+            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads, or
+                a decoder.
         """
+        for name in ("alibi_starting_size", "low_precision_layernorm", "sparse_prediction"):
+            if not hasattr(self, name):
+                setattr(self, name, getattr(MosaicBertConfig(), name))
+        if not getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
         sizes = ("alibi_starting_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
         for name in (*sizes, "intermediate_size", "vocab_size", "type_vocab_size"):
             if getattr(self, name) < 1:
@@ -75,12 +98,11 @@ class MosaicBertConfig(StockBertConfig):
 
     @classmethod
     def from_stock(cls, config):
-        """The same fields, attention backend included, from a `transformers.BertConfig`."""
-        values = config.to_dict()
-        for name in ("model_type", "transformers_version"):
-            values.pop(name, None)
-        converted = cls(**values)
-        converted._attn_implementation = config._attn_implementation
+        """A MosaicBertConfig with all that a `transformers.BertConfig` has, not validated again."""
+        converted = cls()
+        own = {k: v for k, v in vars(config).items() if k not in ("model_type", "auto_map")}
+        vars(converted).update(copy.deepcopy(own))
+        converted.auto_map = getattr(config, "auto_map", None) or converted.auto_map
         return converted
 
 

@@ -15,6 +15,7 @@ sdpa). tests/reference.py is the same mathematics in plain PyTorch.
 import math
 import os
 import re
+import zlib
 
 import torch
 
@@ -554,8 +555,9 @@ def _block_backward_kernel(
 
 
 # Operators. Their names carry the module's: the Hub may bring this file twice, and of two operators
-# with one name the first stops working.
-NAMESPACE = re.sub(r"\W", "_", __name__)
+# with one name the first stops working. They take ASCII only; the checksum tells folders apart
+# whose letters have none.
+NAMESPACE = f"{re.sub(r'[^a-zA-Z0-9]', '_', __name__)}_{zlib.crc32(__name__.encode()):08x}"
 
 
 def build_tile_map(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
@@ -697,6 +699,8 @@ def _backward_fake(dout, qkv, *_):
 
 
 def _setup_context(ctx, inputs, output):
+    # Else backward is handed zeros for lse and norms, which nobody differentiates.
+    ctx.set_materialize_grads(False)
     qkv, cu_seqlens, tile_map, slopes, position_ids, seed, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens, tile_map, slopes, position_ids, seed)
 
@@ -705,7 +709,14 @@ def _backward_of_forward(ctx, dout, dlse, dnorms):
     return _backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 9
 
 
+def _no_second_derivative(ctx, grad):
+    raise NotImplementedError(
+        "the Triton kernel has no second derivative: use attn_implementation='eager'"
+    )
+
+
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_backward.register_autograd(_no_second_derivative)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -756,9 +767,8 @@ def flash_attn_varlen_qkvpacked_func(
             position_ids without alibi_slopes
     """
     device = qkv.device.type
-    # Asking whether autocast is enabled raises on meta, which knows none.
-    known = torch.amp.is_autocast_available(device)
-    if known and torch.is_autocast_enabled(device) and qkv.dtype == torch.float32:
+    # Meta knows no autocast, and raises when asked.
+    if device != "meta" and torch.is_autocast_enabled(device) and qkv.dtype == torch.float32:
         qkv = qkv.to(torch.get_autocast_dtype(device))
     tensors = dict(
         cu_seqlens=cu_seqlens, alibi_slopes=alibi_slopes, position_ids=position_ids, seed=seed,

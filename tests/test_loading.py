@@ -11,7 +11,11 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, published_folder, run_python
+from models import make, make_batch, make_labels
 from safetensors.torch import save_file
+
+from mosaic_bert import bert_layers
+from mosaic_bert.configuration_bert import MosaicBertConfig
 
 AUTO_MAP = json.loads((ROOT / "config.json").read_text())["auto_map"]
 AUTO_CLASSES = sorted(set(AUTO_MAP) - {"AutoConfig"})
@@ -349,6 +353,148 @@ def test_weights_that_are_offloaded_are_fetched(mosaic, golden):
     assert torch.equal(
         accelerate.cpu_offload(model, torch.device("cpu"))(**inputs).logits, expected
     )
+
+
+# ---- configurations and code from elsewhere ----
+
+
+def test_a_configuration_of_another_copy_of_the_code_is_used_as_it_is(ours):
+    """It was rebuilt as if it were stock: validated again, and without what was set on it."""
+    config = transformers.AutoConfig.from_pretrained(ours, trust_remote_code=True)
+    assert not isinstance(config, MosaicBertConfig)
+    # What stock accepts, in this order, on every transformers.
+    config.problem_type = "single_label_classification"
+    config.num_labels = 1
+    config.note = object()
+    model = bert_layers.BertForSequenceClassification(config)
+    assert model.config is config and model.config.note is config.note
+    assert model.classifier.out_features == 1
+
+
+def test_a_configuration_of_an_older_copy_gets_defaults(ours):
+    config = transformers.AutoConfig.from_pretrained(ours, trust_remote_code=True)
+    del config.sparse_prediction, config.low_precision_layernorm
+    assert bert_layers.BertModel(config).config.sparse_prediction is True
+    assert config.low_precision_layernorm is False
+
+
+def test_a_stock_configuration_is_converted_whole(ours):
+    config = transformers.BertConfig.from_pretrained(ours, num_hidden_layers=1)
+    config.problem_type = "single_label_classification"
+    config.num_labels = 1
+    config.note = ["kept"]
+    model = bert_layers.BertForSequenceClassification(config)
+    assert isinstance(model.config, MosaicBertConfig) and model.config.note == ["kept"]
+    assert model.config.num_hidden_layers == model.config.num_labels == 1
+    # MosaicBERT's own default is 0.
+    assert model.config.attention_probs_dropout_prob == config.attention_probs_dropout_prob
+    assert type(config) is transformers.BertConfig
+
+
+def test_files_in_a_package_of_ones_own_save_a_folder_that_loads(golden, tmp_path):
+    """It had no code, although its config named some."""
+    model = make(bert_layers.BertForMaskedLM)
+    model.save_pretrained(tmp_path)
+    assert {x.name for x in tmp_path.glob("*.py")} == set(MODEL_FILES)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load("AutoModelForMaskedLM", tmp_path)(ids).logits, model(ids).logits)
+    assert load("AutoModelForTokenClassification", tmp_path)(ids).logits.shape == (1, 3, 2)
+
+
+LOAD_AND_COMPILE = """
+import sys, torch, transformers
+outputs = []
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    torch._dynamo.reset()
+    compiled, ids = torch.compile(model.eval(), backend="aot_eager"), torch.tensor([[1, 2]])
+    print(torch.equal(compiled(ids).logits, model(ids).logits))
+"""
+
+
+def test_folders_whose_names_are_not_ascii_load_side_by_side(ours, tmp_path):
+    """Operators take ASCII names only: nothing could load them, and after that nothing compiled."""
+    names = ["\u6a21\u578b", "\u5b57\u5178", "mod\u00e8le 1", "model"]
+    folders = [shutil.copytree(ours, tmp_path / name) for name in names]
+    assert run_python(LOAD_AND_COMPILE, *folders).split() == ["True"] * len(names)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_decoder_of_its_own_trains_resizes_saves_and_reloads(backend, tmp_path):
+    """tie_word_embeddings=False was refused."""
+    model = make(bert_layers.BertForMaskedLM, backend, tie_word_embeddings=False).train()
+    decoder, words = model.cls.predictions.decoder, model.get_input_embeddings()
+    assert decoder.weight is not words.weight and not torch.equal(decoder.weight, words.weight)
+    batch = make_batch(3, 9)
+    model(**batch, labels=make_labels(batch)).loss.backward()
+    assert decoder.weight.grad.abs().sum() > 0
+    assert not torch.equal(decoder.weight.grad, words.weight.grad)
+    model.eval().resize_token_embeddings(70)
+    model.save_pretrained(tmp_path)
+    again = load("AutoModelForMaskedLM", tmp_path)
+    assert again.config.tie_word_embeddings is False
+    assert again(**batch).logits.shape == (2, 9, 70)
+    decoder = model.get_output_embeddings()
+    assert torch.equal(again.get_output_embeddings().weight, decoder.weight)
+    assert_near(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_decoder_that_is_stored_beside_its_tied_embeddings_stays_tied(mosaic):
+    """Published files store both: transformers 5.0 then trained two matrices, with a remark."""
+    model = load("AutoModelForMaskedLM", mosaic)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_an_untied_decoder_that_equals_the_embeddings_stays_untied(tmp_path):
+    model = make(bert_layers.BertForMaskedLM, tie_word_embeddings=False)
+    words = model.get_input_embeddings().weight
+    model.get_output_embeddings().weight.data.copy_(words.data)
+    model.save_pretrained(tmp_path)
+    again = load("AutoModelForMaskedLM", tmp_path)
+    assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight
+    assert torch.equal(again.get_output_embeddings().weight, words)
+
+
+# ---- tools that cannot pass trust_remote_code ----
+
+WITHOUT_TRUST = """
+import sys, torch, transformers
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+folder = sys.argv[1]
+get_class_from_dynamic_module("bert_layers.register_for_auto_classes", folder)()
+model = transformers.AutoModel.from_pretrained(folder)
+print(type(model).__name__, type(model.config).__name__)
+trusted = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+ids = torch.tensor([[1, 2, 3]])
+print(torch.equal(model(ids).pooler_output, trusted(ids).pooler_output))
+for name in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"):
+    print(type(getattr(transformers, f"AutoModelFor{name}").from_pretrained(folder)).__name__)
+
+decoder = transformers.BertConfig(vocab_size=320, hidden_size=model.config.hidden_size,
+    num_hidden_layers=1, num_attention_heads=2, is_decoder=True, add_cross_attention=True)
+pair = transformers.EncoderDecoderModel(
+    encoder=model, decoder=transformers.BertLMHeadModel(decoder)
+).eval()
+pair.config.decoder_start_token_id, pair.config.pad_token_id = 1, 0
+pair.save_pretrained(sys.argv[2])
+again = transformers.EncoderDecoderModel.from_pretrained(sys.argv[2])
+print(torch.equal(pair(ids, labels=ids).logits, again(ids, labels=ids).logits))
+"""
+
+
+def test_one_call_registers_the_model_for_tools_that_cannot_pass_trust(ours, tmp_path):
+    out = run_python(WITHOUT_TRUST, ours, tmp_path / "pair")
+    found = out.split()
+    assert found[:3] == ["BertModel", "MosaicBertConfig", "True"]
+    assert found[3:7] == [
+        "BertForMaskedLM",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+    ]
+    assert found[7:] == ["True"]
 
 
 def test_nothing_in_the_goldens_is_changed_by_loading():
