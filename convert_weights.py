@@ -19,68 +19,30 @@ Pickled code is never executed.
 import argparse
 import json
 import os
-import pickle
-import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mosaic_tools.cards import SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
-    BUFFERS,
     DECODER,
     EMBEDDINGS,
     PARTS,
     as_ours,
     check_fit,
     differs,
-    listed,
     model_class,
     our_config,
 )
-from publishing import (
-    POOLING_FILES,
-    SUMMARY,
-    about_weights,
-    check_repo_id,
-    inside,
-    listed_shards,
-    load_tokenizer,
-    make_tokenizer_portable,
-    publish,
-    read_json,
-    stated,
-    write_card,
-    write_pooling,
-)
+from mosaic_tools.layouts import from_ours, to_ours
+from mosaic_tools.publishing import POOLING_FILES, check_repo_id, publish, write_pooling
+from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
+from mosaic_tools.weights import fetch, read_config, read_tensors
 
-# Layouts in the wild: prefixes of names there, and here. From right to left it is the way back.
-WITH_PREFIX = {"bert.": "bert.", "cls.": "cls.", "classifier.": "classifier."}
-WITHOUT_PREFIX = {
-    "embeddings.": "bert.embeddings.",
-    "encoder.": "bert.encoder.",
-    "pooler.": "bert.pooler.",
-}
-LAYOUTS = {
-    "MosaicBERT": WITH_PREFIX,
-    "encoder only": WITHOUT_PREFIX,
-    "Composer": {f"model.{name}": name for name in WITH_PREFIX},
-    "Jina": WITH_PREFIX,
-    "Jina, encoder only": WITHOUT_PREFIX,
-}
-# Parts of our names, and what Jina has there: several tensors, ours are these one after the other.
-JINA_NAMES = {
-    ".attention.self.Wqkv.": [f".attention.self.{x}." for x in ("query", "key", "value")],
-    "cls.predictions.decoder.bias": ["cls.predictions.bias"],
-}
-# What the first BERT called them, as transformers 5.0 still does in what it loaded and saves.
-OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # The layout to write, and what the model's own names lack of ours.
 JINA_LAYOUTS = {"AutoModelForMaskedLM": ("Jina", ""), "AutoModel": ("Jina, encoder only", "bert.")}
 # What servers know the layout by: TEI by _name_or_path or auto_map, llama.cpp and vLLM by
@@ -252,160 +214,6 @@ def convert(
 def has(tensors: dict[str, Tensor], prefix: str) -> bool:
     """Whether some name begins with the prefix."""
     return any(name.startswith(prefix) for name in tensors)
-
-
-# ---- reading ----
-
-
-def fetch(source: str) -> Path:
-    """Path of a local source, or of the Hub's copy of it."""
-    if Path(source).exists():
-        return Path(source)
-    if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".pt"):
-        raise ValueError(f"{source} does not exist")
-    try:
-        wanted = ["*.json", "*.txt", "README.md", "model*.safetensors", "pytorch_model*.bin"]
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as error:
-        raise ValueError(
-            f"{source} is neither a file or folder here nor can it be had from the Hub: {error}"
-        ) from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint file or of a folder's checkpoint files, by the names they have
-    there."""
-    files = checkpoint_files(path) if path.is_dir() else [path]
-    tensors = {}
-    for file in files:
-        try:
-            tensors.update(load_file(file) if file.suffix == ".safetensors" else read_pickle(file))
-        except pickle.UnpicklingError as error:
-            # torch's own text goes on to recommend the unsafe way.
-            found = re.search(r"Unsupported (global: GLOBAL|class|operand) \S+", str(error))
-            if found:
-                raise ValueError(
-                    f"{file} is not loaded, since unpickling can run code: {found[0]}"
-                ) from None
-            raise ValueError(f"{file} cannot be read, is it complete?") from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{file} cannot be read, is it complete? {error}") from error
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors")
-    return tensors
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The folder's checkpoint, safetensors first, whole or in shards as its index lists them.
-
-    Raises:
-        ValueError: there is none, a shard is missing, or a name or a link leads out of the folder.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [inside(folder, name)]
-        if (folder / f"{name}.index.json").exists():
-            return listed_shards(inside(folder, f"{name}.index.json"))
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch checkpoint; of Composer's, those under state.model."""
-    # Composer stores numpy's random state, by the names that its numpy had.
-    reconstruct = np.zeros(1).__reduce__()[0]
-    numpy_state = [
-        (reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
-    ]
-    numpy_state += [
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "fd"},
-    ]
-    with torch.serialization.safe_globals(numpy_state):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(
-            f"{file} is no checkpoint: expected tensors by name, or what Composer saves"
-        )
-    return state
-
-
-def read_config(path: Path) -> dict:
-    """config.json as a dict, from the file itself or the folder that holds it."""
-    file = path / "config.json" if path.is_dir() else path
-    if file.suffix != ".json":
-        raise ValueError(
-            f"{path} has no config.json: pass one with --config (the one beside this script "
-            "describes MosaicBERT-Base)"
-        )
-    if not file.exists():
-        raise ValueError(f"{file} does not exist")
-    return read_json(file)
-
-
-# ---- converting ----
-
-
-def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The source's layout, and its tensors by our names. ValueError: a name that no layout has."""
-    tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
-    for theirs, ours in OLD_NAMES.items():
-        tensors = {name.replace(theirs, ours): x for name, x in tensors.items()}
-    is_jina = any(".attention.self.query." in name for name in tensors)
-    layout = max(
-        (x for x in LAYOUTS if x.startswith("Jina") == is_jina),
-        key=lambda x: sum(name.startswith(tuple(LAYOUTS[x])) for name in tensors),
-    )
-    if strange := [name for name in tensors if not name.startswith(tuple(LAYOUTS[layout]))]:
-        raise ValueError(
-            f"no place for these tensors of the source ({layout} layout): {listed(strange)}"
-        )
-    tensors = rename(tensors, LAYOUTS[layout])
-    return layout, join(tensors) if is_jina else tensors
-
-
-def from_ours(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """The inverse of `to_ours`."""
-    if layout.startswith("Jina"):
-        tensors = split(tensors)
-    return rename(tensors, {ours: theirs for theirs, ours in LAYOUTS[layout].items()})
-
-
-def join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Joins what Jina keeps apart. ValueError: the joint is there too, and differs."""
-    tensors = dict(tensors)
-    for ours, parts in JINA_NAMES.items():
-        for first in [name for name in tensors if parts[0] in name]:
-            names = [first.replace(parts[0], part) for part in parts]
-            shapes = [tensors[x].shape for x in names if x in tensors]
-            # What is left apart has no place, and will be listed.
-            if shapes == [shapes[0]] * len(names) and shapes[0]:
-                joint = torch.cat([tensors.pop(x) for x in names])
-                name = first.replace(parts[0], ours)
-                if not torch.equal(tensors.setdefault(name, joint), joint):
-                    raise ValueError(f"{name} differs from {', '.join(names)}")
-    return tensors
-
-
-def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `join`."""
-    apart = {}
-    for name, tensor in tensors.items():
-        ours = next((x for x in JINA_NAMES if x in name), None)
-        parts = JINA_NAMES.get(ours, [ours])
-        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-            apart[name.replace(ours, part) if ours else name] = piece
-    return apart
-
-
-def rename(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        prefix = next(x for x in prefixes if name.startswith(x))
-        renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor
-    return renamed
 
 
 def make_config(source: dict, tensors: dict[str, Tensor], tokenizer):

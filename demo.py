@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from embedded_text import embedded_passages
+from mosaic_tools.embedded_text import embedded_passages
 from mosaic_tools.family import check_loaded
 
 SENTENCE = re.compile(r"(?<![^.] )[A-Z][a-z]*(?: [a-z]+,?){7,17}[.](?= |$)")

@@ -7,8 +7,8 @@
     accelerate launch finetune.py --model FOLDER_OR_ID --train_file train.csv \
         --validation_file dev.csv --output_dir runs/mine
 
-Tasks, recipes and metrics are in glue_tasks.py, data in labelled_data.py, the model in
-classifiers.py. Every finished run leaves TASK/seed-N/result.json in output_dir, and the same
+Tasks, recipes and metrics are in mosaic_tools/glue_tasks.py, data in labelled_data.py, the model in
+classifiers.py there. Every finished run leaves TASK/seed-N/result.json in output_dir, and the same
 command again runs the others only; results.json has them all. A task's first seed also leaves a
 complete Hub repository: weights, config, code, tokenizer and a model card.
 """
@@ -24,7 +24,9 @@ from huggingface_hub import EvalResult
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 from transformers.hf_argparser import HfArgumentParser
 
-from classifiers import (
+from mosaic_tools.callbacks import LogFile
+from mosaic_tools.cards import about_weights, write_card
+from mosaic_tools.classifiers import (
     ClassifierArguments,
     build_classifier,
     has_token_types,
@@ -34,7 +36,8 @@ from classifiers import (
     read_config,
     read_tokenizer,
 )
-from glue_tasks import (
+from mosaic_tools.devices import attention_backend, one_gpu_each, use_all_cores
+from mosaic_tools.glue_tasks import (
     RESULT,
     RESULTS,
     SEEDS,
@@ -46,11 +49,10 @@ from glue_tasks import (
     table,
     write_json,
 )
-from labelled_data import LabelledDataArguments, Part, describe, encode, load_task
-from publishing import about_weights, make_tokenizer_portable, publish, write_card
-from recipe import RecipeArguments, option
-from train_callbacks import LogFile
-from train_mlm import attention_backend, hub_id, one_gpu_each, use_all_cores
+from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
+from mosaic_tools.publishing import hub_id, publish
+from mosaic_tools.recipe import RecipeArguments, option
+from mosaic_tools.tokenization import make_tokenizer_portable
 
 GLUE = "nyu-mll/glue"
 # Of the arguments, what a result depends on.

@@ -20,8 +20,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
-import mlm_batches  # noqa: E402
-from mosaic_tools import family  # noqa: E402
+from mosaic_tools import family, mlm_trainer  # noqa: E402
 
 
 def no_glu(layers) -> dict:
@@ -131,13 +130,13 @@ def run(name: str, script: str, flags: list[str]):
     if name not in SWAPS:
         raise SystemExit(f"unknown ablation {name}: {', '.join(SWAPS)}")
     with contextlib.ExitStack() as swapped:
-        layers, collator = model_module(), mlm_batches.MaskingCollator
+        layers, collator = model_module(), mlm_trainer.MaskingCollator
         for part, replacement in SWAPS[name](layers).items():
             swapped.enter_context(mock.patch.object(layers, part, replacement))
         if name == "padding_kept":
             # It would leave the padding out before the model sees it.
             kept = lambda *args, unpads=False: collator(*args)  # noqa: E731
-            swapped.enter_context(mock.patch.object(mlm_batches, "MaskingCollator", kept))
+            swapped.enter_context(mock.patch.object(mlm_trainer, "MaskingCollator", kept))
         swapped.enter_context(saved_as(name))
         swapped.enter_context(mock.patch.object(sys, "argv", [script, *flags]))
         runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -25,9 +25,11 @@ import datasets  # noqa: E402
 from records import RESULTS, ROOT, environment  # noqa: E402
 
 sys.path.append(str(ROOT))
-from mlm_batches import MaskingCollator  # noqa: E402
-from prepare_data import encode, existing_tokenizer, load_files  # noqa: E402
-from recipe import DataArguments  # noqa: E402
+from mosaic_tools.corpus import load_files  # noqa: E402
+from mosaic_tools.encoding import encode
+from mosaic_tools.masking import MaskingCollator  # noqa: E402
+from mosaic_tools.recipe import DataArguments  # noqa: E402
+from mosaic_tools.tokenization import existing_tokenizer
 
 
 def rate(tokens: int, function) -> float:

@@ -15,7 +15,7 @@ from records import ROOT
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from bert_padding import pack_batch
-from train_callbacks import Throughput
+from mosaic_tools.callbacks import Throughput
 
 VOCAB = 320 if TOY else 30528
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 104
@@ -288,7 +288,7 @@ class Encoder:
             raise AssertionError(f"{self.name}: the loss is {expected[0]:.3g}, not ln {VOCAB}")
 
     def flop(self, rows: Rows) -> float:
-        """Model FLOP of the task, padding not counted, by train_callbacks.Throughput's formula; of
+        """Model FLOP of the task, padding not counted, by callbacks.Throughput's formula; of
         inference the third that is its forward pass, with logits of all tokens or of none.
         ModernBERT's local layers count the scores in their window."""
         config, layers = self.model.config, self.model.config.num_hidden_layers

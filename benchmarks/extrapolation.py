@@ -27,8 +27,8 @@ from side_by_side import train
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 sys.path.append(str(ROOT))
+from mosaic_tools.corpus import load_files  # noqa: E402
 from mosaic_tools.family import check_loaded  # noqa: E402
-from prepare_data import load_files  # noqa: E402
 
 # Trained on the first, evaluated on all.
 LENGTHS = (64, 128, 256, 512, 1024)

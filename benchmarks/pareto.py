@@ -20,7 +20,7 @@ masked tokens.
 - Each budget is a run with a linear decay of its own: one evaluated on its way has not decayed. A
   trial says how many steps fit, every seed takes as many, and what they took is measured. Ablations
   have the longest budget only.
-- Minutes leave out start and evaluation. FLOP is train_callbacks.Throughput's: padding, and logits
+- Minutes leave out start and evaluation. FLOP is callbacks.Throughput's: padding, and logits
   of tokens without a label, which BERT computes, do not count.
 - A model's mean over seeds is compared with MosaicBERT's at equal minutes, tokens and FLOP, between
   its budgets by linear interpolation over their logarithm. A difference is claimed if it is larger
@@ -63,8 +63,8 @@ from records import RESULTS, ROOT, environment, place, print_table
 from side_by_side import at_a_time, curve, run, words_of
 
 sys.path.append(str(ROOT))
-from prepare_data import load_prepared, save_prepared  # noqa: E402
-from recipe import DataArguments  # noqa: E402
+from mosaic_tools.encoding import load_prepared, save_prepared  # noqa: E402
+from mosaic_tools.recipe import DataArguments  # noqa: E402
 
 OLD = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "mlm_probability": 0.15}
 OLD |= {"adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0}

@@ -9,7 +9,7 @@ for all: full ones, or of C4's lengths (lengths.py), about --tokens of them with
 at most 65,536 positions. Batches lie on the device, and each is compiled for. "fill-mask" is
 inference: logits of all tokens, weights in the dtype. Settings are timed in turn, medians with 20
 and 80 % quantiles; on a GPU, of 3 steps without waiting in between. MFU is the FLOP formula of
-train_callbacks.Throughput over time and the matmul rate measured in the same run.
+callbacks.Throughput over time and the matmul rate measured in the same run.
 
     python benchmarks/pretraining.py                     # a GPU; or a CPU: 8 x 128, see --help
     python benchmarks/pretraining.py --seqlens 128 --settings mosaic-compiled bert-compiled

@@ -23,7 +23,7 @@ def environment(*packages: str) -> dict[str, str | list | None]:
     # Not before: scripts set threads before torch is loaded.
     import torch
 
-    from mosaic_tools.processor import cpu_instructions
+    from mosaic_tools.devices import cpu_instructions
 
     words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]

@@ -20,7 +20,6 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 HERE = str(Path(__file__).resolve().parents[1])
-
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
 # Counters that old transformers saved among the weights.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")

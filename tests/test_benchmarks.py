@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import ROOT, run_python
 
-from mosaic_tools import processor
+from mosaic_tools import devices
 
 sys.path.append(str(ROOT / "benchmarks"))
 import clocks  # noqa: E402
@@ -128,7 +128,7 @@ XEONS = [
 
 def test_a_record_says_which_instructions_its_processor_has():
     where = environment()
-    assert where["cpu_instructions"] == processor.cpu_instructions()
+    assert where["cpu_instructions"] == devices.cpu_instructions()
     assert [place(x) for x in XEONS] == [
         "Xeon, 2 cores (instructions not recorded)",
         "Xeon, 2 cores (avx2, avx512f)",
@@ -326,5 +326,5 @@ def test_a_toy_run_prints_records_and_a_table(command, cases):
     for record in records:
         assert "skipped" not in record
         assert record.keys() >= {"command", "device", "torch", "transformers", "commit", "date"}
-        assert record["cpu_instructions"] == processor.cpu_instructions()
+        assert record["cpu_instructions"] == devices.cpu_instructions()
     assert len([line for line in lines if not line.startswith("{")]) > 1

@@ -16,6 +16,7 @@ from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, run_python
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+from mosaic_tools import layouts
 
 MLM = GOLDENS / "mosaic_tiny" / "config.json"
 DECODER = "cls.predictions.decoder.weight"
@@ -373,14 +374,14 @@ def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
     )
 
 
-@pytest.mark.parametrize("layout", convert_weights.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_the_table_read_backwards_is_its_inverse(layout):
     weights = load_golden("mosaic_tiny")[1]
     if layout.endswith("encoder only"):
         weights = {k: v for k, v in weights.items() if k.startswith("bert.")}
-    theirs = convert_weights.from_ours(weights, layout)
+    theirs = layouts.from_ours(weights, layout)
     assert set(theirs) != set(weights) or layout == "MosaicBERT"
-    found, back = convert_weights.to_ours(theirs)
+    found, back = layouts.to_ours(theirs)
     assert found == layout and set(back) == set(weights)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 

@@ -12,19 +12,18 @@ from conftest import GOLDENS, ROOT, load_golden
 from safetensors.torch import load_file, save_file
 from training import DOCUMENTS, SIZES, flags, read_json, run, trained_tokenizer
 
-import classifiers
 import convert_weights
-import train_mlm
-from glue_tasks import Task
-from mosaic_tools import family
+from mosaic_tools import classifiers, family, mlm_trainer
+from mosaic_tools.glue_tasks import Task
+from mosaic_tools.recipe import ModelArguments
 
 WORDS = trained_tokenizer()
 LAYER = "bert.encoder.layer.1"
 
 
 def continued(source, **values):
-    args = train_mlm.ModelArguments(model_name_or_path=str(source), **values)
-    return train_mlm.continued_model(args, WORDS, 16)
+    args = ModelArguments(model_name_or_path=str(source), **values)
+    return mlm_trainer.continued_model(args, WORDS, 16)
 
 
 def classified(source, **values):

@@ -21,11 +21,10 @@ from training import ACCELERATE, ROOT, flags, read_json, run
 
 import convert_weights
 import finetune
-import glue_tasks
-import labelled_data
-from glue_tasks import TASKS
-from publishing import SPECIAL_TOKENS, load_tokenizer
-from recipe import native_bf16
+from mosaic_tools import glue_tasks, labelled_data
+from mosaic_tools.devices import native_bf16
+from mosaic_tools.glue_tasks import TASKS
+from mosaic_tools.tokenization import SPECIAL_TOKENS, load_tokenizer
 
 AGES, READERS, SIZES = ("old", "young", "tall", "wise"), ("man", "woman", "child"), ("long", "new")
 SENTENCES = [f"the {x} {y} reads a {z} book" for z in SIZES for y in READERS for x in AGES]

@@ -17,10 +17,9 @@ from tokenizers import Tokenizer, models
 from training import DOCUMENTS, trained_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import embedded_text
 import prepare_data
-import train_mlm
-from recipe import DataArguments, TokenizerArguments
+from mosaic_tools import corpus, embedded_text, encoding, tokenization
+from mosaic_tools.recipe import DataArguments, TokenizerArguments
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +43,7 @@ def write_documents(folder: Path, suffix: str):
 def test_every_format_gives_the_same_documents(tmp_path, suffix, streaming):
     path = write_documents(tmp_path, suffix)
     data = DataArguments(train_file=[path], streaming=streaming, validation_split=20)
-    train, validation = (
-        [row["text"] for row in part] for part in prepare_data.load_documents(data)
-    )
+    train, validation = ([row["text"] for row in part] for part in corpus.load_documents(data))
     assert sorted(train + validation) == sorted(DOCUMENTS)
     assert len(validation) > 5 and not set(train) & set(validation)
 
@@ -56,7 +53,7 @@ def test_files_come_by_pattern_and_validation_from_its_own_file(tmp_path):
         (tmp_path / name).write_text(f"text of {name}\n")
     (tmp_path / "held.csv").write_text("text\nheld out\n")
     data = DataArguments(train_file=[f"{tmp_path}/?.txt"], validation_file=[f"{tmp_path}/held.csv"])
-    train, validation = prepare_data.load_documents(data)
+    train, validation = corpus.load_documents(data)
     assert train["text"][:] == ["text of a.txt", "text of b.txt"]
     assert validation["text"][:] == ["held out"]
 
@@ -65,7 +62,7 @@ def test_a_dataset_keeps_its_own_validation_part(tmp_path):
     for part in ("train", "validation"):
         (tmp_path / f"{part}.jsonl").write_text(json.dumps({"text": part}) + "\n")
     data = DataArguments(dataset_name=str(tmp_path))
-    assert [part["text"][:] for part in prepare_data.load_documents(data)] == [
+    assert [part["text"][:] for part in corpus.load_documents(data)] == [
         ["train"],
         ["validation"],
     ]
@@ -80,14 +77,14 @@ def test_the_embedded_text_shares_nothing_between_training_and_evaluation():
 def test_documents_are_cut_and_blank_ones_left_out():
     data = DataArguments(max_seq_length=4)
     rows = datasets.Dataset.from_dict({"text": ["", "the old man reads", None, " ", "a"]})
-    encoded = prepare_data.encode(prepare_data.with_text(rows, "text"), data, trained_tokenizer())
+    encoded = encoding.encode(corpus.with_text(rows, "text"), data, trained_tokenizer())
     assert [len(ids) for ids in encoded["input_ids"]] == [4, 3]
 
 
 def test_a_new_tokenizer_is_berts_kind():
     tokenizer = trained_tokenizer()
     assert tokenizer.all_special_ids == [tokenizer.vocab[t] for t in tokenizer.all_special_tokens]
-    assert [tokenizer.convert_tokens_to_ids(t) for t in prepare_data.SPECIAL_TOKENS] == [
+    assert [tokenizer.convert_tokens_to_ids(t) for t in tokenization.SPECIAL_TOKENS] == [
         0,
         1,
         2,
@@ -100,9 +97,9 @@ def test_a_new_tokenizer_is_berts_kind():
 
 def test_berts_vocabulary_file_is_a_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text(
-        "\n".join([*prepare_data.SPECIAL_TOKENS, "the", "man", "##s"])
+        "\n".join([*tokenization.SPECIAL_TOKENS, "the", "man", "##s"])
     )
-    tokenizer = prepare_data.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
+    tokenizer = tokenization.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
     assert tokenizer("The mans")["input_ids"] == [2, 5, 6, 7, 3]
 
 
@@ -110,7 +107,7 @@ def test_byte_pairs_know_every_text_and_write_it_back(tmp_path):
     """DNA is one word of any length, which WordPiece does not know; some scripts have no spaces."""
     args = TokenizerArguments(train_tokenizer="bpe", vocab_size=300)
     texts = ["ACGTTGCAACGT" * 40, "สวัสดีชาวโลก", "the man reads"]
-    tokenizer = prepare_data.train_tokenizer(iter(texts), args)
+    tokenizer = tokenization.train_tokenizer(iter(texts), args)
     assert len(tokenizer) <= 300 and tokenizer.mask_token_id == 4
     for text in texts:
         ids = tokenizer(text)["input_ids"]
@@ -126,7 +123,7 @@ def test_a_tokenizer_is_trained_or_named_not_both():
 @given(st.lists(st.integers(1, 16), max_size=60))
 def test_packing_loses_nothing_and_overfills_nothing(lengths):
     pieces = [[i] * length for i, length in enumerate(lengths)]
-    rows = prepare_data.pack(pieces, 16)
+    rows = encoding.pack(pieces, 16)
     assert sorted(piece for row in rows for piece in row) == sorted(pieces)
     filled = [sum(map(len, row)) for row in rows]
     assert all(0 < tokens <= 16 for tokens in filled)
@@ -138,7 +135,7 @@ def test_packed_rows_hold_whole_documents_and_long_ones_go_on():
     tokenizer = trained_tokenizer()
     texts = ["the old man reads a long book " * 3, "the man", "a book"]
     rows = datasets.Dataset.from_dict({"text": texts})
-    encoded = prepare_data.encode(rows, DataArguments(max_seq_length=16, pack=True), tokenizer)
+    encoded = encoding.encode(rows, DataArguments(max_seq_length=16, pack=True), tokenizer)
     pieces = []
     for row in encoded:
         assert len(row["input_ids"]) == sum(row["lengths"]) <= 16
@@ -159,22 +156,22 @@ def test_a_prepared_folder_holds_what_training_would_have_made(tmp_path, packed,
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
     prepare_data.main()
     args = DataArguments(max_seq_length=16, pack=packed, prepared_data=str(tmp_path / "rows"))
-    train, validation, tokenizer = prepare_data.load_prepared(args)
-    documents = prepare_data.load_documents(DataArguments(train_file=[path]))
+    train, validation, tokenizer = encoding.load_prepared(args)
+    documents = corpus.load_documents(DataArguments(train_file=[path]))
     for rows, expected in zip((train, validation), documents, strict=True):
         assert len(rows)
-        assert rows[:] == prepare_data.encode(expected, args, tokenizer)[:]
+        assert rows[:] == encoding.encode(expected, args, tokenizer)[:]
     facts = json.loads((tmp_path / "rows" / "prepared.json").read_text())
     tokens = sum(map(len, train["input_ids"]))
-    assert facts["train"] == f"{len(train)} rows, {tokens} tokens" == prepare_data.size(train)
+    assert facts["train"] == f"{len(train)} rows, {tokens} tokens" == encoding.size(train)
 
     with pytest.raises(ValueError, match="rows is there already: choose another name"):
         prepare_data.main()
     with pytest.raises(ValueError, match="prepared with max_seq_length 16, not 128"):
-        prepare_data.load_prepared(dataclasses.replace(args, max_seq_length=128))
+        encoding.load_prepared(dataclasses.replace(args, max_seq_length=128))
     (tmp_path / "rows" / "prepared.json").unlink()
     with pytest.raises(ValueError, match="rows has no prepared.json"):
-        prepare_data.load_prepared(args)
+        encoding.load_prepared(args)
 
 
 def test_training_refuses_another_tokenizer_than_its_rows_were_prepared_with(tmp_path):
@@ -182,13 +179,13 @@ def test_training_refuses_another_tokenizer_than_its_rows_were_prepared_with(tmp
     trained_tokenizer(vocab_size=60).save_pretrained(other)
     args = DataArguments(max_seq_length=16, prepared_data=str(tmp_path / "rows"))
     documents = datasets.Dataset.from_dict({"text": DOCUMENTS})
-    rows = prepare_data.encode(documents, args, tokenizer)
-    prepare_data.save_prepared(tmp_path / "rows", rows, rows, tokenizer, args)
+    rows = encoding.encode(documents, args, tokenizer)
+    encoding.save_prepared(tmp_path / "rows", rows, rows, tokenizer, args)
     process = SimpleNamespace(main_process_first=contextlib.nullcontext)
     for same in (None, args.prepared_data):
-        assert train_mlm.load_rows(args, TokenizerArguments(), same, process)[0][:] == rows[:]
+        assert encoding.load_rows(args, TokenizerArguments(), same, process)[0][:] == rows[:]
     with pytest.raises(ValueError, match="rows was prepared with another tokenizer than .*other"):
-        train_mlm.load_rows(args, TokenizerArguments(), str(other), process)
+        encoding.load_rows(args, TokenizerArguments(), str(other), process)
 
 
 def test_shards_of_a_streaming_dataset_are_read_by_its_library(tmp_path, monkeypatch):
@@ -223,7 +220,7 @@ def test_shards_of_a_streaming_dataset_are_read_by_its_library(tmp_path, monkeyp
         (folder / "index.json").write_text(json.dumps({"shards": [{}, {}, {}]}))
     expected = [f"{name} {shard} {row}" for name in "ab" for shard in range(3) for row in range(2)]
     for streaming in (False, True):
-        rows = prepare_data.load_files([str(folder) for folder in folders], streaming)
+        rows = corpus.load_files([str(folder) for folder in folders], streaming)
         assert [row["text"] for row in rows] == expected
 
 
@@ -235,16 +232,16 @@ def test_a_recipe_that_streams_is_prepared_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "recipe.yaml", *words])
     prepare_data.main()
-    train, validation, _ = prepare_data.load_prepared(DataArguments(prepared_data="rows"))
+    train, validation, _ = encoding.load_prepared(DataArguments(prepared_data="rows"))
     assert len(train) + len(validation) == len(DOCUMENTS)
 
 
 def test_shards_written_again_are_read_again(tmp_path, monkeypatch):
     """`datasets` would return what it made of shards of the same names."""
-    monkeypatch.setattr(prepare_data, "read_shards", rows_of_index)
+    monkeypatch.setattr(corpus, "read_shards", rows_of_index)
     for count in (2, 3):
         (tmp_path / "index.json").write_text(json.dumps({"shards": [{}], "rows": count}))
-        assert len(prepare_data.load_files([str(tmp_path)], streaming=False)) == count
+        assert len(corpus.load_files([str(tmp_path)], streaming=False)) == count
 
 
 def rows_of_index(shards):
@@ -257,13 +254,13 @@ def test_shards_outside_their_folder_are_refused(tmp_path):
         shard = {"format": "mds", "raw_data": {"basename": name}, "zip_data": None}
         (tmp_path / "index.json").write_text(json.dumps({"shards": [shard]}))
         with pytest.raises(ValueError, match=f"{name!r} leads out of"):
-            prepare_data.load_files([str(tmp_path)], streaming=False)
+            corpus.load_files([str(tmp_path)], streaming=False)
 
 
 def test_shards_without_their_library_name_it(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"shards": [{}]}))
     with pytest.raises(Exception, match="pip install mosaicml-streaming"):
-        list(prepare_data.load_files([str(tmp_path)], streaming=True))
+        list(corpus.load_files([str(tmp_path)], streaming=True))
 
 
 # ---- bad input ----
@@ -271,7 +268,7 @@ def test_shards_without_their_library_name_it(tmp_path):
 
 def load_one(path, **values):
     data = DataArguments(train_file=[str(path)], **values)
-    return prepare_data.encode(prepare_data.load_documents(data)[0], data, trained_tokenizer())
+    return encoding.encode(corpus.load_documents(data)[0], data, trained_tokenizer())
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -308,17 +305,17 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path, str
 def test_a_tokenizer_that_cannot_mask_or_pad_is_refused(tmp_path, lacking):
     roles = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
     del roles[lacking]
-    vocabulary = {token: i for i, token in enumerate(prepare_data.SPECIAL_TOKENS)}
+    vocabulary = {token: i for i, token in enumerate(tokenization.SPECIAL_TOKENS)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     folder = str(tmp_path / "tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **roles).save_pretrained(
         folder
     )
     with pytest.raises(ValueError, match=f"{folder} has no {lacking}.*--tokenizer_name"):
-        prepare_data.existing_tokenizer(folder, lowercase=True)
+        tokenization.existing_tokenizer(folder, lowercase=True)
 
 
 def test_a_vocabulary_file_without_berts_tokens_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe")
     with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
-        prepare_data.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
+        tokenization.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)

@@ -19,8 +19,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.models import Dense, Normalize, Router
 
 import convert_weights
-import publishing
-import recipe
+from mosaic_tools import cards, publishing, recipe, tokenization
 
 TOKEN = "hf_" + "secret" * 5
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -72,7 +71,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def vocab(tmp_path):
     file = tmp_path / "vocab.txt"
-    file.write_text("\n".join([*publishing.SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
+    file.write_text("\n".join([*tokenization.SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
     return file
 
 
@@ -442,7 +441,7 @@ def test_results_reach_the_hubs_index_of_models(vocab, tmp_path):
         EvalResult("fill-mask", "custom", "text.txt", metric_type="loss", metric_value=1.5),
         EvalResult("fill-mask", "custom", "text.txt", metric_type="accuracy", metric_value=0.25),
     ]
-    publishing.write_card(folder, "name", "Summary.", {}, eval_results=results)
+    cards.write_card(folder, "name", "Summary.", {}, eval_results=results)
     data, _ = card_of(folder)
     assert data.model_name == "name"
     assert [(x.metric_type, x.metric_value) for x in data.eval_results] == [

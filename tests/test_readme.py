@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDENS, ROOT, run_python
 
 import convert_weights
-from publishing import SPECIAL_TOKENS
+from mosaic_tools.tokenization import SPECIAL_TOKENS
 
 README = (ROOT / "README.md").read_text()
 

@@ -9,8 +9,7 @@ import transformers
 import yaml
 from training import ROOT, flags
 
-import recipe
-from mosaic_tools import processor
+from mosaic_tools import devices, recipe
 
 
 def parse(*words, **values):
@@ -173,7 +172,7 @@ AVX512 = ["avx2", "avx512f"]
 )
 def test_bf16_is_chosen_where_the_cpu_computes_it(monkeypatch, instructions, precision, why):
     """It was on for every CPU, and five times slower than float32 on those that emulate it."""
-    monkeypatch.setattr(processor, "cpu_instructions", lambda: instructions)
+    monkeypatch.setattr(devices, "cpu_instructions", lambda: instructions)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     args = parse(use_cpu=True)[-1]
     assert (args.precision(), args.bf16) == (precision, precision != "float32")
@@ -185,9 +184,9 @@ def test_bf16_is_chosen_where_the_cpu_computes_it(monkeypatch, instructions, pre
 
 @pytest.mark.parametrize(("speed", "native"), [(2.51, True), (0.049, False)])
 def test_bf16_is_measured_where_no_instruction_tells(monkeypatch, speed, native):
-    monkeypatch.setattr(processor, "cpu_instructions", lambda: ["asimd", "bf16"])
+    monkeypatch.setattr(devices, "cpu_instructions", lambda: ["asimd", "bf16"])
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    monkeypatch.setattr(processor, "bf16_over_float32", lambda: speed)
+    monkeypatch.setattr(devices, "bf16_over_float32", lambda: speed)
     args = parse(use_cpu=True)[-1]
     assert args.bf16 is native and f"{speed:.2g} times as fast as in float32" in args.why_bf16
 
@@ -202,7 +201,7 @@ def test_the_speed_of_bf16_is_that_of_its_products(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    assert processor.bf16_over_float32.__wrapped__(size=2) == 4
+    assert devices.bf16_over_float32.__wrapped__(size=2) == 4
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -215,16 +214,16 @@ def test_gpus_that_emulate_bf16_do_without(monkeypatch, native):
         lambda including_emulation=True: including_emulation or native,
     )
     why = "native to Chip" if native else "Chip would emulate bf16"
-    assert recipe.native_bf16(use_cpu=False) == (native, why)
+    assert devices.native_bf16(use_cpu=False) == (native, why)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_other_accelerators_have_bf16_where_transformers_says_so(monkeypatch, native):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("mps"))
-    monkeypatch.setattr(recipe, "is_torch_bf16_gpu_available", lambda: native)
+    monkeypatch.setattr(devices, "is_torch_bf16_gpu_available", lambda: native)
     why = "mps has bf16" if native else "mps has no bf16"
-    assert recipe.native_bf16(use_cpu=False) == (native, why)
+    assert devices.native_bf16(use_cpu=False) == (native, why)
 
 
 def test_a_launchers_precision_does_not_come_in_for_float32(monkeypatch):
@@ -236,7 +235,7 @@ def test_a_launchers_precision_does_not_come_in_for_float32(monkeypatch):
 
 
 def test_processes_on_unlike_devices_must_be_told_the_precision(monkeypatch):
-    monkeypatch.setattr(processor, "cpu_instructions", lambda: AVX512)
+    monkeypatch.setattr(devices, "cpu_instructions", lambda: AVX512)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     others = []
     monkeypatch.setattr(recipe, "gather_object", lambda own: own + others)
@@ -254,9 +253,9 @@ def test_processes_on_unlike_devices_must_be_told_the_precision(monkeypatch):
 def test_instructions_are_torchs_or_linuxs(monkeypatch, tmp_path):
     found = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": True, "neon": False}
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found, raising=False)
-    assert processor.cpu_instructions() == ["avx2", "avx512f", "amx_bf16"]
+    assert devices.cpu_instructions() == ["avx2", "avx512f", "amx_bf16"]
     monkeypatch.delattr("torch.cpu.get_capabilities")
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    assert processor.cpu_instructions() == []
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    assert devices.cpu_instructions() == []
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd svebf16 bf16\n")
-    assert processor.cpu_instructions() == ["asimd", "bf16"]
+    assert devices.cpu_instructions() == ["asimd", "bf16"]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from training import ACCELERATE, DOCUMENTS, ROOT, SIZES, command_of, flags, read_log, run
 
 import train_mlm
-from train_callbacks import newest_checkpoint
+from mosaic_tools import mlm_trainer
+from mosaic_tools.checkpoints import newest_checkpoint
 
 STEPS = 30
 # Epochs of four steps, dropout, two micro-batches a step, a checkpoint every three steps.
@@ -190,13 +191,13 @@ def test_a_compiled_step_serves_any_number_of_tokens(train, tmp_path, monkeypatc
     values = {"train_file": "ragged.txt", "max_steps": 12, "divergence": 100}
     train(**values, output_dir="eager", torch_compile=False)
 
-    graphs, evaluate = [], train_mlm.MlmTrainer.evaluate
+    graphs, evaluate = [], mlm_trainer.MlmTrainer.evaluate
 
     def count_before(self, *args, **kwargs):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(train_mlm.MlmTrainer, "evaluate", count_before)
+    monkeypatch.setattr(mlm_trainer.MlmTrainer, "evaluate", count_before)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     train(**values, output_dir="compiled", torch_compile_backend="aot_eager")
@@ -208,13 +209,13 @@ def test_a_compiled_step_serves_any_number_of_tokens(train, tmp_path, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(train, tmp_path, monkeypatch):
-    step, compute_loss = 5, train_mlm.MlmTrainer.compute_loss
+    step, compute_loss = 5, mlm_trainer.MlmTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
         bad = self.state.global_step == step - 1
         return compute_loss(self, *args, **kwargs) * (float("nan") if bad else 1)
 
-    monkeypatch.setattr(train_mlm.MlmTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(mlm_trainer.MlmTrainer, "compute_loss", poisoned)
     with pytest.raises(
         FloatingPointError, match="stopped in step 5: the loss is nan.*learning_rate"
     ):
@@ -229,12 +230,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(train, tmp_path,
 
 
 def test_a_loss_that_rises_stops_the_run(train, tmp_path, monkeypatch):
-    compute_loss = train_mlm.MlmTrainer.compute_loss
+    compute_loss = mlm_trainer.MlmTrainer.compute_loss
 
     def rising(self, *args, **kwargs):
         return compute_loss(self, *args, **kwargs) + (2.0 if self.state.global_step == 5 else 0)
 
-    monkeypatch.setattr(train_mlm.MlmTrainer, "compute_loss", rising)
+    monkeypatch.setattr(mlm_trainer.MlmTrainer, "compute_loss", rising)
     with pytest.raises(FloatingPointError, match=r"stopped in step 6: the loss rose from .* 1.5"):
         train(divergence=1.5, learning_rate=1e-6)
     assert (tmp_path / "out" / "step-6-process-0.safetensors").exists()

@@ -19,7 +19,8 @@ from sentence_transformers import (
 )
 
 import convert_weights
-from publishing import SPECIAL_TOKENS
+from mosaic_tools import layouts
+from mosaic_tools.tokenization import SPECIAL_TOKENS
 
 AUTO_CLASSES = json.loads((ROOT / "config.json").read_text())["auto_map"].keys() - {"AutoConfig"}
 
@@ -44,7 +45,7 @@ def converted(request, tmp_path_factory):
     if request.param == "Jina":
         weights = {k: x for k, x in load_golden(golden.name)[1].items() if k.startswith("bert.enc")}
         weights |= {k: x for k, x in load_golden(golden.name)[1].items() if "bert.emb" in k}
-        weights = convert_weights.from_ours(weights, "Jina, encoder only")
+        weights = layouts.from_ours(weights, "Jina, encoder only")
         torch.save(weights, source / "pytorch_model.bin")
         config = json.loads((GOLDENS / "jina_v2_tiny" / "config.json").read_text())
         config["max_position_embeddings"] = 1024

@@ -29,9 +29,10 @@ from training import (
     trained_tokenizer,
 )
 
-import prepare_data
 import train_mlm
-from train_callbacks import Checkpoints, change_of_precision, mark_complete, what_is_torn
+from mosaic_tools import checkpoints, mlm_trainer, tokenization
+from mosaic_tools.checkpoints import Checkpoints, change_of_precision, mark_complete, what_is_torn
+from mosaic_tools.recipe import ModelArguments, RecipeArguments
 
 STEPS = 240
 
@@ -78,7 +79,7 @@ def test_a_run_says_at_its_start_what_it_is(trained):
     )
     assert parameters and int(parameters[1].replace(",", "")) > 128 * 64
     assert re.search(r"data: text.txt: \d+ rows, [\d,]+ tokens", trained.log)
-    precision = train_mlm.RecipeArguments(output_dir="out").precision()
+    precision = RecipeArguments(output_dir="out").precision()
     assert re.search(rf"computed in: {precision} \(.+\), attention sdpa, on cpu", trained.log)
 
 
@@ -215,7 +216,7 @@ def test_a_checkpoint_is_continued_from_a_stream(trained, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, tmp_path):
-    words = [*prepare_data.SPECIAL_TOKENS, *(f"word{i}" for i in range(200))]
+    words = [*tokenization.SPECIAL_TOKENS, *(f"word{i}" for i in range(200))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     arguments = flags(
         model_name_or_path=trained.folder,
@@ -230,11 +231,11 @@ def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, 
 
 
 def test_a_tokenizer_of_other_entries_is_refused(trained, tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join([*prepare_data.SPECIAL_TOKENS, "the", "man"]))
-    args = train_mlm.ModelArguments(model_name_or_path=str(trained.folder))
-    tokenizer = prepare_data.existing_tokenizer(str(tmp_path / "vocab.txt"), None)
+    (tmp_path / "vocab.txt").write_text("\n".join([*tokenization.SPECIAL_TOKENS, "the", "man"]))
+    args = ModelArguments(model_name_or_path=str(trained.folder))
+    tokenizer = tokenization.existing_tokenizer(str(tmp_path / "vocab.txt"), None)
     with pytest.raises(ValueError, match="other entries than that of .*leave out --tokenizer_name"):
-        train_mlm.continued_model(args, tokenizer, 64)
+        mlm_trainer.continued_model(args, tokenizer, 64)
 
 
 def test_demo_judges_the_model_that_the_embedded_text_made(tmp_path):
@@ -252,26 +253,24 @@ def test_demo_judges_the_model_that_the_embedded_text_made(tmp_path):
 def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
     """AdamW's updates are lost in bfloat16's 8 bits."""
     sizes = SIZES | {"vocab_size": 128, "max_position_embeddings": 128}
-    config = train_mlm.AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
-    model = train_mlm.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
+    config = transformers.AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
+    model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    args = train_mlm.ModelArguments(
-        model_name_or_path=str(tmp_path), attention_probs_dropout_prob=0.2
-    )
-    continued = train_mlm.continued_model(args, trained_tokenizer(), 64)
+    args = ModelArguments(model_name_or_path=str(tmp_path), attention_probs_dropout_prob=0.2)
+    continued = mlm_trainer.continued_model(args, trained_tokenizer(), 64)
     assert {p.dtype for p in continued.parameters()} == {torch.float32}
     assert continued.config.attention_probs_dropout_prob == 0.2
 
 
 def test_a_published_checkpoint_is_continued_as_a_mosaic_bert():
     """transformers 4.57 keeps its config's model_type, "bert"."""
-    args = train_mlm.ModelArguments(model_name_or_path=str(ROOT / "tests/goldens/mosaic_tiny"))
-    model = train_mlm.continued_model(args, trained_tokenizer(), 64)
+    args = ModelArguments(model_name_or_path=str(ROOT / "tests/goldens/mosaic_tiny"))
+    model = mlm_trainer.continued_model(args, trained_tokenizer(), 64)
     assert train_mlm.is_ours(model.config)
 
 
 def test_a_run_says_why_it_computes_in_float32(monkeypatch):
-    monkeypatch.setattr("mosaic_tools.processor.cpu_instructions", lambda: ["avx2", "avx512f"])
+    monkeypatch.setattr("mosaic_tools.devices.cpu_instructions", lambda: ["avx2", "avx512f"])
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     *_, data, args = train_mlm.parse(flags(output_dir="out", use_cpu=True))
     model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
@@ -285,8 +284,7 @@ def test_a_run_says_why_it_computes_in_float32(monkeypatch):
 def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path):
     """A checkpoint of a processor with bf16 may be resumed on one without."""
     bf16, float32 = (
-        train_mlm.RecipeArguments(output_dir=str(tmp_path), use_cpu=True, bf16=x)
-        for x in (True, False)
+        RecipeArguments(output_dir=str(tmp_path), use_cpu=True, bf16=x) for x in (True, False)
     )
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
@@ -301,16 +299,16 @@ def test_a_run_that_goes_on_in_another_precision_says_so(tmp_path):
 
 def test_weight_decay_reaches_every_parameter():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    names = train_mlm.MlmTrainer.get_decay_parameter_names(None, model)
+    names = mlm_trainer.MlmTrainer.get_decay_parameter_names(None, model)
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_metrics_need_token_ids_only_and_count_masked_ones():
     logits = torch.tensor([[[0.0, 2, 1], [3, 0, 0], [0, 0, 1]]])
-    guesses = train_mlm.most_likely_tokens(logits, None)
+    guesses = mlm_trainer.most_likely_tokens(logits, None)
     assert guesses.tolist() == [[1, 0, 2]]
     labels = np.array([[1, -100, 1]])
-    metrics = train_mlm.masked_accuracy(
+    metrics = mlm_trainer.masked_accuracy(
         SimpleNamespace(predictions=guesses.numpy(), label_ids=labels)
     )
     assert metrics == {"masked_accuracy": 0.5, "commonest_token_accuracy": 1.0}
@@ -321,27 +319,27 @@ def test_metrics_need_token_ids_only_and_count_masked_ones():
 
 def test_an_output_folder_with_files_is_refused_and_kept(tmp_path):
     (tmp_path / "precious").write_text("kept")
-    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path))
+    recipe = RecipeArguments(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=f"{tmp_path} is not empty.*--overwrite"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
     recipe.overwrite = True
-    assert train_mlm.checkpoint_to_resume(recipe) is None
+    assert checkpoints.checkpoint_to_resume(recipe) is None
     assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_what_a_crashed_run_left_is_not_overwritten_unasked(tmp_path):
     (checkpoint_of(tmp_path, 3) / "complete.json").unlink()
-    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path))
+    recipe = RecipeArguments(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="is not empty.*--resume_from_checkpoint last"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
-    recipe = train_mlm.RecipeArguments(
+    recipe = RecipeArguments(
         output_dir=str(tmp_path), resume_from_checkpoint="missing/checkpoint-7"
     )
     with pytest.raises(ValueError, match="missing/checkpoint-7: there is no such folder"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
 
 
 def checkpoint_of(folder, step):
@@ -357,40 +355,38 @@ def test_torn_checkpoints_are_named_and_passed_over(tmp_path, capsys):
     (short / "optimizer.pt").write_bytes(b"1234")
     (lacking / "optimizer.pt").unlink()
     (unfinished / "complete.json").unlink()
-    recipe = train_mlm.RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
-    assert train_mlm.checkpoint_to_resume(recipe) == str(good)
+    recipe = RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+    assert checkpoints.checkpoint_to_resume(recipe) == str(good)
     said = capsys.readouterr().out
     assert f"passed over {short}: optimizer.pt has 4 bytes of 8" in said
     assert f"passed over {lacking}: optimizer.pt is missing" in said
     assert f"passed over {unfinished}: it was not finished" in said
     recipe.resume_from_checkpoint = None
     with pytest.raises(ValueError, match="holds checkpoint-9 of another run.*move the checkpoints"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
     older = checkpoint_of(tmp_path, 8)
     recipe.resume_from_checkpoint = str(older)
     with pytest.raises(ValueError, match="checkpoint-9 is newer than .*checkpoint-8: move it away"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
     recipe.resume_from_checkpoint = str(short)
     with pytest.raises(ValueError, match="checkpoint-10: optimizer.pt has 4 bytes of 8"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
 
 
 def test_last_starts_anew_where_no_checkpoint_is_complete_and_overwrites_nothing_else(
     tmp_path, capsys
 ):
-    recipe = train_mlm.RecipeArguments(
-        output_dir=str(tmp_path / "out"), resume_from_checkpoint="last"
-    )
-    assert train_mlm.checkpoint_to_resume(recipe) is None
+    recipe = RecipeArguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint="last")
+    assert checkpoints.checkpoint_to_resume(recipe) is None
     assert "resuming from the start: there is no complete checkpoint" in capsys.readouterr().out
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").touch()
     with pytest.raises(ValueError, match="out is not empty"):
-        train_mlm.checkpoint_to_resume(recipe)
+        checkpoints.checkpoint_to_resume(recipe)
     (checkpoint_of(tmp_path / "out", 3) / "complete.json").unlink()
-    assert train_mlm.checkpoint_to_resume(recipe) is None
+    assert checkpoints.checkpoint_to_resume(recipe) is None
 
 
 def test_output_dir_is_asked_for():
     with pytest.raises(ValueError, match="give --output_dir"):
-        train_mlm.checkpoint_to_resume(train_mlm.RecipeArguments())
+        checkpoints.checkpoint_to_resume(RecipeArguments())

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prepare_data
-from recipe import TokenizerArguments
+from mosaic_tools import tokenization
+from mosaic_tools.recipe import TokenizerArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,4 +62,4 @@ def read_log(folder: Path) -> list[dict]:
 
 def trained_tokenizer(**values):
     args = TokenizerArguments(**{"vocab_size": 100} | values)
-    return prepare_data.train_tokenizer(iter(DOCUMENTS), args)
+    return tokenization.train_tokenizer(iter(DOCUMENTS), args)

@@ -13,9 +13,9 @@ from typing import Literal
 
 import datasets
 
-from glue_tasks import TASKS, Task
-from prepare_data import FORMATS, parallel
-from recipe import option
+from mosaic_tools.corpus import FORMATS, parallel
+from mosaic_tools.glue_tasks import TASKS, Task
+from mosaic_tools.recipe import option
 
 ROW_FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if kind != "text"}
 # The task of files, and of the folder that its results are in.

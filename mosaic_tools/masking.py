@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rows of token ids to masked batches, and an endless stream of rows that can be resumed.
 
-Legend: rows are what prepare_data.encode makes; batch, seqlen are the padded shape of a batch.
+Legend: rows are what encoding.encode makes; batch, seqlen are the padded shape of a batch.
 """
 
 import copy
 import zlib
 
 import numpy as np
-import torch
 import torch.utils.data
 
 from bert_padding import pack_batch

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
-from glue_tasks import Task
-from labelled_data import fingerprint
 from mosaic_tools import family
-from prepare_data import largest_id
-from publishing import load_tokenizer
-from recipe import option
+from mosaic_tools.glue_tasks import Task
+from mosaic_tools.labelled_data import fingerprint
+from mosaic_tools.recipe import option
+from mosaic_tools.tokenization import largest_id, load_tokenizer
 
 
 @dataclass

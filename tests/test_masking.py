@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mlm_batches.py: what is masked, how batches look, and streams that go on where they stopped."""
+"""masking.py: what is masked, how batches look, and streams that go on where they stopped."""
 
 import copy
 import itertools
@@ -11,10 +11,10 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training import DOCUMENTS, trained_tokenizer
 
-import prepare_data
-from mlm_batches import EndlessStream, MaskingCollator
-from prepare_data import encode
-from recipe import DataArguments
+from mosaic_tools import tokenization
+from mosaic_tools.encoding import encode
+from mosaic_tools.masking import EndlessStream, MaskingCollator
+from mosaic_tools.recipe import DataArguments
 
 VOCAB, MASK, PAD, CLS, SEP = 1000, 4, 0, 2, 3
 
@@ -113,7 +113,7 @@ def stream(tmp_path, monkeypatch):
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     tokenizer = trained_tokenizer()
     # The stream is shuffled in more than one block.
-    monkeypatch.setattr(prepare_data, "BLOCK", 30)
+    monkeypatch.setattr(tokenization, "BLOCK", 30)
 
     def make(packed=False):
         documents = datasets.load_dataset("text", data_files=files, split="train", streaming=True)

@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes on around a training step: throughput, checkpoints that are known to be whole, a clean
-stop on SIGTERM, the log on disk and its picture. Trainer callbacks, for train_mlm.py.
-"""
+"""What goes on around a training step: throughput, a clean stop on SIGTERM, the log on disk and its
+picture. Trainer callbacks."""
 
-import contextlib
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 # Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name. The first match counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
-COMPLETE = "complete.json"
-PRECISION = "precision.txt"
 
 
 class Throughput(TrainerCallback):
@@ -163,110 +157,6 @@ class Later:
         if self.known:
             self.known.synchronize()
         return self.number.item()
-
-
-@contextlib.contextmanager
-def saving(what: str, output_dir: str | Path):
-    """Says what is intact when writing fails, be it for a full disk."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        checkpoint, _ = newest_checkpoint(Path(output_dir))
-        raise OSError(
-            f"{what} could not be written to {output_dir}: {error}. The last complete checkpoint: "
-            f"{checkpoint or 'none'}. Make room, then repeat the command with "
-            "--resume_from_checkpoint last"
-        ) from error
-
-
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete once every process has written its part.
-
-    Args:
-        streams: the loader has a place in a stream, to be kept with the checkpoint.
-    """
-
-    def __init__(self, streams: bool):
-        self.streams = streams
-
-    def on_save(self, args, state, control, train_dataloader=None, **kwargs):
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        with saving(folder.name, args.output_dir):
-            if self.streams:
-                loader = train_dataloader
-                place = {"shared by": (args.world_size, loader.num_workers)}
-                place |= {"loader": loader.state_dict()}
-                torch.save(place, folder / f"stream-{args.process_index}.pt")
-            if args.world_size > 1:
-                torch.distributed.barrier()
-            if state.is_world_process_zero:
-                (folder / PRECISION).write_text(args.precision())
-                mark_complete(folder)
-
-    @staticmethod
-    def load_place(loader, checkpoint: str, args):
-        """Puts a loader where it was. ValueError: the stream was shared by others, or is new."""
-        file = Path(checkpoint, f"stream-{args.process_index}.pt")
-        if not file.is_file():
-            raise ValueError(
-                f"{checkpoint} has no {file.name}: it is no checkpoint of a stream, or of fewer "
-                "processes; resume with as many, and without --streaming where it was not given"
-            )
-        place = torch.load(file)
-        if place["shared by"] != (args.world_size, loader.num_workers):
-            processes, workers = place["shared by"]
-            raise ValueError(
-                f"{checkpoint} is of {processes} process(es) with --dataloader_num_workers "
-                f"{workers}, this run has {args.world_size} with {loader.num_workers}: a stream is "
-                "resumed by as many as shared it"
-            )
-        loader.load_state_dict(place["loader"])
-
-
-def change_of_precision(checkpoint: Path, args) -> str | None:
-    """What to say where a run goes on in another precision than it had, as on another device."""
-    file, now = checkpoint / PRECISION, args.precision()
-    if not file.is_file() or (before := file.read_text()) == now:
-        return None
-    return f"{checkpoint} was trained in {before}, and goes on in {now} ({args.why_bf16})"
-
-
-def mark_complete(folder: Path):
-    """Writes the names and sizes of a checkpoint's files into it, in one step."""
-    sizes = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    partial = folder / f"{COMPLETE}.partial"
-    partial.write_text(json.dumps(sizes, indent=2))
-    partial.replace(folder / COMPLETE)
-
-
-def what_is_torn(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, None if it is whole."""
-    try:
-        sizes = json.loads((folder / COMPLETE).read_text())
-    except (OSError, ValueError):
-        return f"it was not finished, {COMPLETE} is missing"
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes of {size}"
-    return None
-
-
-def newest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint, what is wrong with each newer one)."""
-    torn = []
-    folders = [x for x in output_dir.glob("checkpoint-*") if x.name.split("-")[1].isdigit()]
-    for folder in sorted(folders, key=lambda x: int(x.name.split("-")[1]), reverse=True):
-        if not (reason := what_is_torn(folder)):
-            return folder, torn
-        torn.append(f"{folder}: {reason}")
-    return None, torn
 
 
 class MaskEpoch(TrainerCallback):

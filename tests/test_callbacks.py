@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train_callbacks.py: what is counted, and against which clock. The others are in test_restart.py,
+"""callbacks.py: what is counted, and against which clock. The others are in test_restart.py,
 where runs are killed for real."""
 
 from types import SimpleNamespace
@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
 
-import train_callbacks
 from mosaic_bert.bert_layers import BertForMaskedLM as MosaicBertForMaskedLM
 from mosaic_bert.configuration_bert import MosaicBertConfig
-from train_callbacks import Throughput
+from mosaic_tools import callbacks
+from mosaic_tools.callbacks import Throughput
 
 SIZES = {
     "vocab_size": 320,
@@ -50,7 +50,7 @@ def batch_of(lengths, seqlen, labels):
 
 def test_figures_count_tokens_rows_and_flop_between_two_reports(model, monkeypatch):
     clock = iter([10.0, 12.0, 20.0, 23.0, 30.0])
-    monkeypatch.setattr(train_callbacks.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
     throughput = Throughput(model, peak_tflops=1e-6)
     throughput.on_train_begin(None, None, None)
     throughput.count(batch_of([8, 4], seqlen=8, labels=3))
@@ -87,5 +87,5 @@ def test_packed_sequences_are_counted_one_by_one(model):
 )
 def test_the_peak_of_a_known_device(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert train_callbacks.known_peak(torch.device("cuda")) == peak
-    assert train_callbacks.known_peak(SimpleNamespace(type="cpu")) is None
+    assert callbacks.known_peak(torch.device("cuda")) == peak
+    assert callbacks.known_peak(SimpleNamespace(type="cpu")) is None

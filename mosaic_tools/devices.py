@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU computes natively: its instructions, and whether bfloat16 is worth its while.
+"""What a run computes on: the processor's instructions, whether bfloat16 is worth its while there,
+threads, and the attention backend that a model will choose.
 
 Where bf16 is not native, torch emulates it. A core of an AMD EPYC multiplies matrices at 95 GFLOP/s
 in float32, at 214 in bf16, and at 38 in bf16 without its AVX512-BF16 (torch 2.13, for the last
@@ -7,11 +8,16 @@ ONEDNN_MAX_CPU_ISA=AVX512_CORE).
 """
 
 import functools
+import os
 import platform
+import sys
 import time
 from pathlib import Path
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+from mosaic_tools.family import is_ours
 
 # Those that decide how fast matrix products are, by /proc/cpuinfo's name: torch's name.
 INSTRUCTIONS = {
@@ -61,3 +67,52 @@ def bf16_over_float32(size: int = 512, rounds: int = 3) -> float:
             times.append(time.perf_counter() - begin)
         seconds[dtype] = min(times)
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def native_bf16(use_cpu: bool) -> tuple[bool, str]:
+    """(whether the device of this process computes bf16 natively, how that is known)."""
+    if use_cpu:
+        return cpu_bf16()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        # transformers counts the emulation of GPUs before Ampere too.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, f"native to {name}" if native else f"{name} would emulate bf16"
+    kind = torch.accelerator.current_accelerator().type
+    native = is_torch_bf16_gpu_available()
+    return native, f"{kind} has bf16" if native else f"{kind} has no bf16"
+
+
+# ---- a process ----
+
+
+def one_gpu_each(args):
+    """ValueError: this process would spread a batch over several GPUs by itself."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process has {args.n_gpu} GPUs, it can use one: start one process for each by "
+            f"accelerate launch --num_processes {args.n_gpu}, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def use_all_cores(args):
+    """accelerate launch leaves a process one thread unless it is told otherwise."""
+    if args.use_cpu:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(args.cpu_threads or max(1, usable_cores() // processes))
+
+
+def attention_backend(model, args) -> str:
+    """The backend that the model will choose on this device, in this dtype."""
+    config = model.config
+    if not is_ours(config):
+        return config._attn_implementation
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    head_dim = config.hidden_size // config.num_attention_heads
+    choose_backend = sys.modules[type(model).__module__].choose_backend
+    return choose_backend(config._attn_implementation, args.device, dtype, head_dim)

@@ -19,10 +19,10 @@ import yaml
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.utils import is_torch_bf16_gpu_available
 
-from mosaic_tools.processor import cpu_bf16
-from publishing import about_weights, check_repo_id
+from mosaic_tools.cards import about_weights
+from mosaic_tools.devices import native_bf16
+from mosaic_tools.publishing import check_repo_id
 
 
 def option(default, help):
@@ -279,20 +279,6 @@ class PretrainingArguments(RecipeArguments):
     peak_tflops: float | None = option(
         None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
     )
-
-
-def native_bf16(use_cpu: bool) -> tuple[bool, str]:
-    """(whether the device of this process computes bf16 natively, how that is known)."""
-    if use_cpu:
-        return cpu_bf16()
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        # transformers counts the emulation of GPUs before Ampere too.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return native, f"native to {name}" if native else f"{name} would emulate bf16"
-    kind = torch.accelerator.current_accelerator().type
-    native = is_torch_bf16_gpu_available()
-    return native, f"{kind} has bf16" if native else f"{kind} has no bf16"
 
 
 def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:

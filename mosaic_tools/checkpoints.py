@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a training run that are known to be whole, and the one that a run resumes from."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch.distributed
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from mosaic_tools.recipe import RecipeArguments
+
+COMPLETE = "complete.json"
+
+
+@contextlib.contextmanager
+def saving(what: str, output_dir: str | Path):
+    """Says what is intact when writing fails, be it for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        checkpoint, _ = newest_checkpoint(Path(output_dir))
+        raise OSError(
+            f"{what} could not be written to {output_dir}: {error}. The last complete checkpoint: "
+            f"{checkpoint or 'none'}. Make room, then repeat the command with "
+            "--resume_from_checkpoint last"
+        ) from error
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete once every process has written its part.
+
+    Args:
+        streams: the loader has a place in a stream, to be kept with the checkpoint.
+    """
+
+    def __init__(self, streams: bool):
+        self.streams = streams
+
+    def on_save(self, args, state, control, train_dataloader=None, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        with saving(folder.name, args.output_dir):
+            if self.streams:
+                loader = train_dataloader
+                place = {"shared by": (args.world_size, loader.num_workers)}
+                place |= {"loader": loader.state_dict()}
+                torch.save(place, folder / f"stream-{args.process_index}.pt")
+            if args.world_size > 1:
+                torch.distributed.barrier()
+            if state.is_world_process_zero:
+                (folder / PRECISION).write_text(args.precision())
+                mark_complete(folder)
+
+    @staticmethod
+    def load_place(loader, checkpoint: str, args):
+        """Puts a loader where it was. ValueError: the stream was shared by others, or is new."""
+        file = Path(checkpoint, f"stream-{args.process_index}.pt")
+        if not file.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {file.name}: it is no checkpoint of a stream, or of fewer "
+                "processes; resume with as many, and without --streaming where it was not given"
+            )
+        place = torch.load(file)
+        if place["shared by"] != (args.world_size, loader.num_workers):
+            processes, workers = place["shared by"]
+            raise ValueError(
+                f"{checkpoint} is of {processes} process(es) with --dataloader_num_workers "
+                f"{workers}, this run has {args.world_size} with {loader.num_workers}: a stream is "
+                "resumed by as many as shared it"
+            )
+        loader.load_state_dict(place["loader"])
+
+
+def mark_complete(folder: Path):
+    """Writes the names and sizes of a checkpoint's files into it, in one step."""
+    sizes = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    partial = folder / f"{COMPLETE}.partial"
+    partial.write_text(json.dumps(sizes, indent=2))
+    partial.replace(folder / COMPLETE)
+
+
+def what_is_torn(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, None if it is whole."""
+    try:
+        sizes = json.loads((folder / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return f"it was not finished, {COMPLETE} is missing"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def newest_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint, what is wrong with each newer one)."""
+    torn = []
+    folders = [x for x in output_dir.glob("checkpoint-*") if x.name.split("-")[1].isdigit()]
+    for folder in sorted(folders, key=lambda x: int(x.name.split("-")[1]), reverse=True):
+        if not (reason := what_is_torn(folder)):
+            return folder, torn
+        torn.append(f"{folder}: {reason}")
+    return None, torn
+
+
+PRECISION = "precision.txt"
+
+
+def change_of_precision(checkpoint: Path, args) -> str | None:
+    """What to say where a run goes on in another precision than it had, as on another device."""
+    file, now = checkpoint / PRECISION, args.precision()
+    if not file.is_file() or (before := file.read_text()) == now:
+        return None
+    return f"{checkpoint} was trained in {before}, and goes on in {now} ({args.why_bf16})"
+
+
+def checkpoint_to_resume(args: RecipeArguments) -> str | None:
+    """What `choose_checkpoint` says in the main process, for all: they may see other disks."""
+    choice = [choose_checkpoint(args) if args.process_index == 0 else None]
+    return broadcast_object_list(choice)[0]
+
+
+def choose_checkpoint(args: RecipeArguments) -> str | None:
+    """The checkpoint asked for, None to start anew.
+
+    Torn checkpoints are named and passed over by 'last', which starts anew if none is complete.
+
+    Raises:
+        ValueError: there is no output_dir, files would be overwritten, or the checkpoint asked for
+            is not there, not complete, or older than another, which 'last' would take.
+    """
+    if not args.output_dir:
+        raise ValueError("give --output_dir, the folder that the model is written to")
+    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    newest, torn = newest_checkpoint(folder)
+    if wanted == "last":
+        for reason in torn:
+            print(f"passed over {reason}")
+        print(f"resuming from {newest or 'the start: there is no complete checkpoint'}")
+    elif wanted:
+        reason = what_is_torn(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
+        if reason:
+            raise ValueError(f"resume_from_checkpoint {wanted}: {reason}")
+        same_run = newest and Path(wanted).resolve().parent == newest.resolve().parent
+        if same_run and Path(wanted).resolve() != newest.resolve():
+            raise ValueError(f"{newest} is newer than {wanted}: move it away first")
+        return wanted
+    elif newest:
+        raise ValueError(
+            f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
+            "continue with --resume_from_checkpoint last, or move the checkpoints away"
+        )
+    goes_on = wanted == "last" and (newest or torn)
+    if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
+        raise ValueError(
+            f"output_dir {folder} is not empty: choose another, continue with "
+            "--resume_from_checkpoint last, or write into it with --overwrite"
+        )
+    return newest and str(newest)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents: read from files, the Hub or shards, without blank ones, split into training and held
+out."""
+
+import glob
+import json
+import os
+import zlib
+from pathlib import Path
+
+import datasets
+
+from mosaic_tools.devices import usable_cores
+from mosaic_tools.embedded_text import embedded_passages, held_out
+from mosaic_tools.files import inside
+from mosaic_tools.recipe import DataArguments
+
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_documents(args: DataArguments):
+    """(training, held-out) documents. The first are a stream if asked for, the second never."""
+    validation = None
+    if args.dataset_name:
+        name, config = args.dataset_name, args.dataset_config_name
+        parts = datasets.load_dataset(name, config, streaming=args.streaming)
+        train, validation = parts["train"], parts.get("validation")
+    elif args.train_file:
+        train = load_files(args.train_file, args.streaming)
+    else:
+        train, validation = (datasets.Dataset.from_dict({"text": x}) for x in embedded_passages())
+    if args.validation_file:
+        validation = load_files(args.validation_file, args.streaming)
+    train = with_text(train, args.text_column)
+    if validation is None:
+        train, validation = split(train, args.text_column, args.validation_split)
+    validation = with_text(validation, args.text_column)
+    return train, first_rows(validation, args.max_eval_documents)
+
+
+def load_files(patterns: list[str], streaming: bool):
+    """The rows of all files that match, or of a folder of StreamingDataset shards."""
+    if any(Path(pattern, "index.json").is_file() for pattern in patterns):
+        return load_shards(patterns, streaming)
+    files = []
+    for pattern in patterns:
+        if not (found := sorted(glob.glob(pattern, recursive=True))):
+            raise ValueError(f"there is no file {pattern}")
+        files += found
+    if empty := [file for file in files if not os.path.getsize(file)]:
+        raise ValueError(f"empty, leave it out or fill it: {', '.join(empty)}")
+    # Any suffix counts, so that text.txt.xz, which `datasets` unpacks, is text.
+    kinds = {next((FORMATS[s] for s in Path(f).suffixes if s in FORMATS), None) for f in files}
+    if len(kinds) > 1 or None in kinds:
+        raise ValueError(f"{', '.join(files)}: give files of one format of {', '.join(FORMATS)}")
+    return datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
+
+
+def load_shards(folders: list[str], streaming: bool):
+    """The rows of MosaicML StreamingDataset folders on this machine.
+
+    Raises:
+        ValueError: an index names a file outside of its folder.
+    """
+    shards = []
+    for folder in folders:
+        index = Path(folder, "index.json").read_bytes()
+        for part in (x for shard in json.loads(index)["shards"] for x in shard.values()):
+            # A file's entry, which the library would follow anywhere.
+            if isinstance(part, dict) and "basename" in part:
+                inside(Path(folder), part["basename"])
+        # `datasets` keeps what it made of the same arguments: the index tells new shards from old.
+        digest = zlib.crc32(index)
+        shards += [(folder, i, digest) for i in range(len(json.loads(index)["shards"]))]
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    return kind.from_generator(read_shards, gen_kwargs={"shards": shards})
+
+
+def read_shards(shards: list[tuple[str, int, int]]):
+    """Rows of shards (folder, number, digest); compressed ones are unpacked beside themselves."""
+    try:
+        from streaming.base.stream import Stream
+        from streaming.base.world import World
+    except ImportError as error:
+        raise ImportError(
+            "shards of MosaicML's StreamingDataset need: pip install mosaicml-streaming"
+        ) from error
+    for folder, number, _ in shards:
+        stream = Stream(local=folder, keep_zip=True)
+        stream.apply_default(
+            dict.fromkeys(("split", "validate_hash"))
+            | {"download_retry": 0, "download_timeout": 60, "keep_zip": True}
+        )
+        shard = stream.get_shards(World.detect(), allow_unsafe_types=False)[number]
+        stream.prepare_shard(shard)
+        yield from (shard[row] for row in range(len(shard)))
+
+
+def column_names(documents) -> list[str]:
+    """Columns of a dataset; those of a stream may show in its first row only."""
+    return documents.column_names or list(next(iter(documents), {}))
+
+
+def with_text(documents, column: str):
+    """The documents that are not blank. ValueError: there is no such column."""
+    if column not in (columns := column_names(documents)):
+        there = ", ".join(columns) or "none, it is empty"
+        raise ValueError(f"--text_column {column} is not in the data; its columns: {there}")
+
+    def has_text(texts):
+        return [isinstance(text, str) and text.strip() != "" for text in texts]
+
+    return documents.filter(has_text, batched=True, input_columns=column, **parallel(documents))
+
+
+def split(documents, column: str, percent: float):
+    """(training, held-out) documents; equal ones land on the same side, also in a stream."""
+
+    def part(wanted):
+        def choose(texts):
+            return [held_out(text, percent) == wanted for text in texts]
+
+        return documents.filter(choose, batched=True, input_columns=column, **parallel(documents))
+
+    return part(False), part(True)
+
+
+def first_rows(documents, count: int):
+    """At most so many rows; those of a stream are read now."""
+    if is_stream(documents):
+        return datasets.Dataset.from_list(list(documents.take(count)))
+    return documents.select(range(min(count, len(documents))))
+
+
+def is_stream(documents) -> bool:
+    return isinstance(documents, datasets.IterableDataset)
+
+
+def parallel(documents, workers: int | None = None) -> dict:
+    """`num_proc` for a pass over documents: all cores, or so many. A stream takes none, and a
+    process takes longer to start than it takes for a thousand documents."""
+    processes = 1 if is_stream(documents) else len(documents) // 1000
+    processes = min(workers or usable_cores(), processes)
+    return {"num_proc": processes} if processes > 1 else {}

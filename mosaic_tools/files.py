@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that files give: nothing read from a checkpoint's folder may lead out of it."""
+
+import json
+from pathlib import Path, PureWindowsPath
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file or folder of that name in `folder`.
+
+    Raises:
+        ValueError: the name is not relative, or it or a link leads out. In the Hub's cache links
+            lead from snapshots/REVISION to blobs, which are the same repository's.
+    """
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parents[1] / "blobs")
+    # A Windows path knows both separators, and drives.
+    path = PureWindowsPath(name) if isinstance(name, str) else None
+    if path is not None and not path.anchor and ".." not in path.parts:
+        target = (folder / name).resolve()
+        if any(target.is_relative_to(home) for home in homes):
+            return folder / name
+    raise ValueError(
+        f"{name!r} leads out of {folder}: copy what it names into the folder, and name it there"
+    )
+
+
+def listed_shards(index: Path) -> list[Path]:
+    """The files beside an index of weights that it lists.
+
+    Raises:
+        ValueError: it lists none, one is not there, or one is not a file's name in that folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and PureWindowsPath(name).name == name
+        if not plain or name in ("", ".."):
+            raise ValueError(f"{index} lists {name!r}, which is no name of a file beside it")
+    files = [inside(index.parent, name) for name in sorted(set(weight_map.values()))]
+    if missing := [x.name for x in files if not x.is_file()]:
+        raise ValueError(f"{index} lists files that are not there: {', '.join(missing)}")
+    return files
+
+
+def read_json(file: Path, kind: type[dict] | type[list] = dict):
+    """What a JSON file holds, empty if there is no file. ValueError: it holds something else."""
+    if not file.exists():
+        return kind()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected {expected}")
+    return found

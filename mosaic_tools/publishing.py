@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a folder to the Hub: what is sent, and the upload. One that failed is repeated by
+
+python -c "from mosaic_tools.publishing import publish; publish('FOLDER', 'ORG/NAME')"
+"""
+
+import glob
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from mosaic_tools.files import inside, listed_shards, read_json
+
+POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+# What is uploaded of a model's folder, and nothing else: a training folder also holds states, logs
+# and pickles.
+UPLOADED = (
+    *("README.md", "LICENSE*", "config.json", "generation_config.json"),
+    *("model*.safetensors", "model.safetensors.index*.json"),
+    # A tokenizer, old or new.
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spm.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "chat_template.jinja"),
+    # Adapters, which transformers puts on a model that has them beside it.
+    *("adapter_config.json", "adapter_model.safetensors"),
+    # sentence-transformers.
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    "router_config.json",
+    # ONNX, where optimum, sentence-transformers and transformers.js look for it, with its data.
+    *("*.onnx", "*.onnx_data*", "*.onnx.data"),
+    *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.onnx.data", "onnx/*config.json"),
+    *("openvino/*.xml", "openvino/*config.json"),
+)
+# And of the folder of a sentence-transformers module.
+OF_MODULES = ("*_config.json", "idf.json", "*.safetensors")
+
+
+def write_pooling(folder: str | Path, dim: int, max_length: int):
+    """Writes what tells sentence-transformers and servers to take the mean over all tokens.
+
+    Args:
+        dim: the model's hidden size.
+        max_length: where text is cut, in tokens.
+    """
+    transformer, pooling = "Transformer", "Pooling"
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate([("", transformer), ("1_Pooling", pooling)])
+    ]
+    contents = (
+        modules,
+        {"max_seq_length": max_length, "do_lower_case": False},
+        {
+            "word_embedding_dimension": dim,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    for name, content in zip(POOLING_FILES, contents, strict=True):
+        file = Path(folder, name)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ---- the Hub ----
+
+
+def publish(
+    folder: str | Path, repo_id: str, private: bool = False, revision: str | None = None
+) -> str:
+    """Uploads a folder that convert_weights.py, train_mlm.py or finetune.py wrote, in one commit.
+
+    The token is the one that huggingface_hub finds (`hf auth login`, HF_TOKEN).
+
+    Args:
+        folder: weights, config.json, model code, tokenizer, card, pooling and other modules of
+            sentence-transformers, and exports in onnx/ and openvino/ are sent, nothing else.
+        repo_id: ORG/NAME; made if it is not there.
+        private: make the repository private, and refuse one that is public.
+        revision: branch to write to, made if it is not there; the main one if None.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ValueError: `repo_id` is no name, the folder is incomplete or leads out of itself, or the
+            repository is public and `private` is True.
+        OSError: the upload failed. The folder is as it was.
+    """
+    check_repo_id(repo_id)
+    files = files_to_upload(Path(folder))
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_public = private and not api.repo_info(repo_id).private
+        if not is_public:
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                revision=revision,
+                allow_patterns=[glob.escape(x) for x in files],
+                commit_message="Upload weights, configuration, code, tokenizer and card",
+            )
+    except Exception as error:
+        # The message may quote a request; no token leaves with it, nor with its cause.
+        reason = f"{type(error).__name__}: {error}".replace(get_token() or "\0", "[token]")
+        raise OSError(
+            f"{folder} was not uploaded to {repo_id}, and is as it was ({reason}). If you are "
+            "not logged in, `hf auth login`; then try again:\n"
+            f'    python -c "from mosaic_tools.publishing import publish; '
+            f'publish({str(folder)!r}, {repo_id!r}, {private}, {revision!r})"'
+        ) from None
+    if is_public:
+        raise ValueError(f"{repo_id} exists and is public: nothing was uploaded")
+    return commit.commit_url
+
+
+def check_repo_id(repo_id: str):
+    """ValueError unless this can be a repository's name."""
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no ORG/NAME")
+    validate_repo_id(repo_id)
+
+
+def files_to_upload(folder: Path) -> list[str]:
+    """Names of the folder's files that make up a model. ValueError: it lacks some, or one, or a
+    name that one of them gives, leads out of the folder."""
+    places = model_folders(folder)
+    found = {x for place in places for name in UPLOADED for x in place.glob(name)}
+    found |= {x for place in places[1:] for name in OF_MODULES for x in place.glob(name)}
+    # OpenVINO's weights, which are no pickles.
+    exports = [x for x in found if x.parent.name == "openvino"]
+    found |= {x.with_suffix(".bin") for x in exports if x.suffix == ".xml"}
+    found |= {x for place in places if own_code(place) for x in place.glob("*.py")}
+    found = {x for x in found if x.is_file()}
+    files = {x.relative_to(folder).as_posix() for x in found}
+    files |= pictures(folder) if "README.md" in files else set()
+
+    # A router's models are in folders of their own.
+    routes = (folder / "router_config.json").is_file()
+    models = [x for x in places[1:] if (x / "sentence_bert_config.json").is_file()]
+    needed = [folder / "README.md"]
+    for place in models if routes else [folder]:
+        needed += [place / x for x in ("config.json", *(f"{x}.py" for x in own_code(place)))]
+        if (index := place / "model.safetensors.index.json").is_file():
+            needed += listed_shards(index)
+        elif not list(place.glob("model*.safetensors")):
+            needed.append(place / "model.safetensors")
+    # What would be left behind of others, as pickles.
+    for place in places[1:]:
+        if (place / "pytorch_model.bin").is_file():
+            needed.append(place / "model.safetensors")
+    adapters = [x for x in found if x.name == "adapter_config.json"]
+    needed += [x.with_name("adapter_model.safetensors") for x in adapters]
+    needed = [x.relative_to(folder).as_posix() for x in needed]
+    if missing := [x for x in dict.fromkeys(needed) if x not in files]:
+        raise ValueError(f"{folder} is no model to publish: it lacks {', '.join(missing)}")
+    for name in files:
+        inside(folder, name)
+    return sorted(files)
+
+
+def model_folders(folder: Path) -> list[Path]:
+    """The folder, and those in it that modules.json and routers of sentence-transformers name.
+
+    Raises:
+        ValueError: one is not there or not in the folder, or such a file is no list of modules.
+    """
+    found, waiting = {}, [folder]
+    while waiting:
+        place = waiting.pop(0)
+        # The first module's folder is the model's own.
+        if place.resolve() in found:
+            continue
+        found[place.resolve()] = place
+        for name, kind in named_modules(place).items():
+            module = inside(place, name)
+            if module.is_dir():
+                waiting.append(module)
+            # It has no files, and git keeps no empty folder.
+            elif not kind.endswith("Normalize"):
+                raise ValueError(f"{folder} is no model to publish: it lacks {name}")
+    return list(found.values())
+
+
+def named_modules(place: Path) -> dict[str, str]:
+    """Folders of a model's modules, and their classes, by the files that list them."""
+    file = place / "modules.json"
+    modules, router = read_json(file, list), {}
+    # An older router's is called config.json, as a model's.
+    for name in ("config.json", "router_config.json"):
+        found = read_json(place / name)
+        router |= found.get("types", {}) if "structure" in found else {}
+    try:
+        kinds = {x["path"]: x["type"] for x in modules} | router
+    except (TypeError, KeyError):
+        raise ValueError(f"{file} lists no modules by path and type") from None
+    return {path: str(kind) for path, kind in kinds.items()}
+
+
+def own_code(place: Path) -> set[str]:
+    """Names of the Python modules beside a model that config.json and modules.json name."""
+    named = []
+    for value in (read_json(place / "config.json").get("auto_map") or {}).values():
+        named += value if isinstance(value, list) else [value]
+    # "org/name--module.Class" is code of another repository; of two tokenizers one may be null.
+    modules = {x.split(".")[0] for x in named if x and "--" not in x}
+    custom = {x.split(".")[0] for x in named_modules(place).values()}
+    return modules | {x for x in custom if (place / f"{x}.py").is_file()}
+
+
+def pictures(folder: Path) -> set[str]:
+    """Names of the folder's images that its README.md shows."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"!\[[^\]]*\]\(([\w./-]+\.(?:png|jpe?g|gif|svg|webp))\)", text)
+    return {x for x in names if ".." not in x and x[0] != "/" and (folder / x).is_file()}
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name, unless it is None or a folder of this machine."""
+    return None if name is None or Path(name).exists() else name
