@@ -321,7 +321,9 @@ KERNEL_LIMITS = {
 }
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
     """The reason why `backend` cannot run on such queries, or None if it can."""
     if backend not in KERNEL_LIMITS:
         return None
@@ -365,7 +367,7 @@ def choose_backend(
             return "eager"
         if triton_varlen_attention is None or device.type != "cuda":
             return "sdpa"
-        if reason := why_not("triton", device, dtype, head_dim):
+        if reason := unsupported_reason("triton", device, dtype, head_dim):
             logger.warning_once(f"Attention runs on 'sdpa' instead of 'triton': {reason}")
             return "sdpa"
         return "triton"
@@ -374,7 +376,7 @@ def choose_backend(
             "output_attentions=True needs attn_implementation='eager' or none at all, "
             f"got {requested!r}, which never holds them"
         )
-    if reason := why_not(requested, device, dtype, head_dim):
+    if reason := unsupported_reason(requested, device, dtype, head_dim):
         raise ValueError(
             f"attn_implementation={requested!r} cannot run: {reason}. Use 'sdpa', or leave it out"
         )
@@ -740,7 +742,7 @@ class BertEncoder(nn.Module):
 
         hidden_states = seen(hidden_states)
         for i, layer in enumerate(self.layer):
-            keep = batch.labelled if i == len(self.layer) - 1 else None
+            keep = batch.labelled_indices if i == len(self.layer) - 1 else None
             hidden_states, probs = layer(hidden_states, slopes, batch, backend, keep)
             hidden_states = seen(hidden_states)
             if output_attentions:
@@ -782,10 +784,21 @@ class BertLMPredictionHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(..., dim) -> logits (..., vocab); with labels (labelled,) int64, their summed loss."""
+        """(..., dim) -> `logits`, or with labels their `summed_loss`.
+
+        Both go through this call, where hooks sit (FSDP2, offloading, PEFT).
+        """
         hidden_states = self.transform(hidden_states)
         if labels is None:
-            return self.decoder(hidden_states)
+            return self.logits(hidden_states)
+        return self.summed_loss(hidden_states, labels)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., dim) -> (..., vocab)."""
+        return self.decoder(hidden_states)
+
+    def summed_loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """(labelled, dim), (labelled,) int64 -> scalar, by `linear_cross_entropy`."""
         weight, bias = self.decoder.weight, self.decoder.bias
         check_ids("labels", labels, len(weight), TOKENIZER)
         # As autocast does for the decoder itself.
@@ -1010,7 +1023,7 @@ class BertModel(BertPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         stays_packed = batch is not None
         batch = find_sequences(tokens, attention_mask, position_ids, None, batch, kwargs)
-        if output_hidden_states and batch.labelled is not None:
+        if output_hidden_states and batch.labelled_indices is not None:
             raise ValueError(
                 "output_hidden_states needs a batch that was packed without labels: the last layer "
                 "makes those of labelled tokens only"
@@ -1235,8 +1248,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         wanted = labels if sparse else None
         batch = find_sequences(tokens, attention_mask, position_ids, wanted, batch, kwargs)
         if wanted is None:
-            batch = batch._replace(labelled=None)
-        outputs = self.bert(
+            batch = batch._replace(labelled_indices=None)
+        encoded = self.bert(
             input_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
@@ -1245,22 +1258,25 @@ class BertForMaskedLM(BertPreTrainedModel):
             return_dict=True,
             batch=batch,
         )
-        hidden_states, loss = outputs.last_hidden_state, None
+        hidden_states, seen = encoded.last_hidden_state, (encoded.hidden_states, encoded.attentions)
         if labels is not None:
-            labels = unpad_input(labels.long().to(hidden_states.device), batch)
-        if batch.labelled is not None:
-            labels = labels.index_select(0, batch.labelled.to(labels.device))
-        if batch.labelled is not None and self.head_is_plain():
+            labels = self.labels_of(hidden_states, labels, batch)
+        if batch.labelled_indices is not None and self.head_is_plain():
             loss = mean_loss(self.cls(hidden_states, labels), labels, num_items_in_batch)
-            output = MaskedLMLossOutput(loss, outputs.hidden_states, outputs.attentions)
-            return self._finish(output, return_dict)
-        logits = self.cls(hidden_states)
+            return self._finish(MaskedLMLossOutput(loss, *seen), return_dict)
+        logits, loss = self.cls(hidden_states), None
         if labels is not None:
             loss = cross_entropy(logits, labels, num_items_in_batch)
-        if batch.labelled is None:
+        if batch.labelled_indices is None:
             logits = pad_input(logits, batch)
-        output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-        return self._finish(output, return_dict)
+        return self._finish(MaskedLMOutput(loss, logits, *seen), return_dict)
+
+    def labels_of(self, hidden_states: Tensor, labels: Tensor, batch: PackedBatch) -> Tensor:
+        """(batch, seqlen) int64 -> the labels of these hidden states, (total,) or (labelled,)."""
+        labels = unpad_input(labels.long().to(hidden_states.device), batch)
+        if batch.labelled_indices is None:
+            return labels
+        return labels.index_select(0, batch.labelled_indices.to(labels.device))
 
     def head_is_plain(self) -> bool:
         """Whether the head is this file's own, so that its loss can be had without logits.

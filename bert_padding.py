@@ -25,7 +25,7 @@ class PackedBatch(NamedTuple):
     """Where the tokens of a padded batch are, once padding is gone.
 
     Args:
-        batch, seqlen: the padded shape.
+        batch_size, seqlen: the padded shape.
         indices: (total,) int64, each token's place in the flattened (batch * seqlen) rows, or None:
             nothing is padding.
         cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is
@@ -33,23 +33,27 @@ class PackedBatch(NamedTuple):
         max_seqlen: tokens in the longest sequence.
         positions: (total,) int32, distance of each token from the first of its sequence, or None:
             its index there.
-        labelled: (labelled,) int64, the tokens among total that carry a label, or None: nobody
-            asked.
+        labelled_indices: (labelled,) int64, the tokens among total that carry a label, or None:
+            nobody asked.
         tile_map: (pieces, 2) int32, the Triton kernel's plan of the batch, or None: it has none.
         rows: only where padding stays. Each (batch, seqlen) int64: which of its row's sequences a
             token belongs to, from 1, and 0 at padding; and its position. `total` is then batch *
             seqlen.
     """
 
-    batch: int
+    batch_size: int
     seqlen: int
     indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     positions: Tensor | None = None
-    labelled: Tensor | None = None
+    labelled_indices: Tensor | None = None
     tile_map: Tensor | None = None
     rows: tuple[Tensor, Tensor] | None = None
+
+
+# Fields that had another name; collators of then still feed the model.
+OLD_FIELDS = {"batch": "batch_size", "labelled": "labelled_indices"}
 
 
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
@@ -69,10 +73,10 @@ def unpad_input(x: Tensor, batch: PackedBatch) -> Tensor:
 def pad_input(x: Tensor, batch: PackedBatch) -> Tensor:
     """(total, ...) -> (batch, seqlen, ...), with zeros at padding."""
     if batch.indices is not None:
-        padded = x.new_zeros(batch.batch * batch.seqlen, *x.shape[1:])
+        padded = x.new_zeros(batch.batch_size * batch.seqlen, *x.shape[1:])
         padded[batch.indices.to(x.device)] = x
         x = padded
-    x = x.unflatten(0, (batch.batch, batch.seqlen))
+    x = x.unflatten(0, (batch.batch_size, batch.seqlen))
     if batch.rows is not None:
         is_token = batch.rows[0] > 0
         x = torch.where(is_token.view(*is_token.shape, *[1] * (x.dim() - 2)), x, 0)
@@ -95,7 +99,8 @@ def pack_batch(
         position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances
             are taken from them. Each 0 begins a new sequence, also where the mask hides it; in a
             row whose real tokens have no 0, so does the position of the first of them.
-        labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled` is found too.
+        labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled_indices` are
+            found too.
 
     Raises:
         ValueError: a shape does not fit, there are no columns, the mask holds other values than 0
@@ -149,7 +154,7 @@ def pack_flattened(
         if lengths.max() > max_seqlen:
             raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence {lengths.max()}")
     labelled = None if labels is None else (labels[0] != -100).nonzero().squeeze(1)
-    return PackedBatch(1, seqlen, None, cu_seqlens, int(max_seqlen), labelled=labelled)
+    return PackedBatch(1, seqlen, None, cu_seqlens, int(max_seqlen), labelled_indices=labelled)
 
 
 def packed_before(
@@ -160,8 +165,9 @@ def packed_before(
 ) -> PackedBatch:
     """`batch`, made by `pack_batch` of these tokens before, as this module's own PackedBatch.
 
-    It may come from another copy of this module, or as a mapping of the fields. Whether it belongs
-    to these tokens is judged by their shape only: to look at more would wait for the device.
+    It may come from another copy of this module, or as a mapping of the fields, by their names of
+    today or before. Whether it belongs to these tokens is judged by their shape only: to look at
+    more would wait for the device.
 
     Raises:
         ValueError: a mask or position ids beside it, another shape than that of the tokens, or a
@@ -169,15 +175,18 @@ def packed_before(
     """
     if not (attention_mask is None and position_ids is None):
         raise ValueError("give batch, or attention_mask and position_ids, not both")
-    batch = PackedBatch(**batch) if isinstance(batch, Mapping) else PackedBatch(*batch)
+    if isinstance(batch, Mapping):
+        batch = PackedBatch(**{OLD_FIELDS.get(name, name): x for name, x in batch.items()})
+    else:
+        batch = PackedBatch(*batch)
     if tracing() and batch.rows is None:
         raise ValueError(
             "a traced graph would keep this batch's sequences for all inputs: give attention_mask "
             "and position_ids instead of batch"
         )
-    if (batch.batch, batch.seqlen) != tuple(tokens.shape[:2]):
+    if (batch.batch_size, batch.seqlen) != tuple(tokens.shape[:2]):
         raise ValueError(
-            f"batch was packed from shape {(batch.batch, batch.seqlen)}, "
+            f"batch was packed from shape {(batch.batch_size, batch.seqlen)}, "
             f"but the inputs are {tuple(tokens.shape[:2])}"
         )
     return batch
@@ -228,7 +237,7 @@ def _mark_sequences(tokens, attention_mask, position_ids):
 
 @torch.compiler.disable
 def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
-    """Fields `indices` to `labelled` of PackedBatch.
+    """Fields `indices` to `labelled_indices` of PackedBatch.
 
     Their sizes depend on data: torch.compile breaks its graph here, and only here.
     """

@@ -7,9 +7,15 @@ would build a stock BERT from it. `BertConfig` stays as an alias: it is the name
 """
 
 import copy
+import re
 
 from transformers import BertConfig as StockBertConfig
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
+# Of this code. A checkpoint's folder holds a copy of it, and its config.json says of which version.
+VERSION = "0.1.0"
 # The classes of this package, for folders that are written by it.
 AUTO_MAP = {
     "AutoConfig": "configuration_bert.MosaicBertConfig",
@@ -20,6 +26,12 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
     "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
 }
+
+
+def is_newer(version: str, than: str) -> bool:
+    """Whether a version such as "0.10.1" comes after another."""
+    numbers = [[int(x) for x in re.findall(r"\d+", text)] for text in (version, than)]
+    return numbers[0] > numbers[1]
 
 
 class MosaicBertConfig(StockBertConfig):
@@ -36,6 +48,7 @@ class MosaicBertConfig(StockBertConfig):
         sparse_prediction: in training with labels, `BertForMaskedLM` computes the end of the last
             layer and the loss for labelled tokens only, some thousand at a time, and returns no
             `logits`. Asking for hidden states turns it off for that call.
+        mosaic_bert_version: of the code that saved the checkpoint. Saved again, it is this code's.
         **kwargs: fields of `transformers.BertConfig`. `hidden_act` is the activation of the MLM
             head; the gated MLP always uses the exact GELU. `position_embedding_type` is accepted,
             since published files carry it, and unused. `tie_word_embeddings=False` gives the MLM
@@ -56,6 +69,7 @@ class MosaicBertConfig(StockBertConfig):
         attention_probs_dropout_prob=0.0,
         low_precision_layernorm=False,
         sparse_prediction=True,
+        mosaic_bert_version=VERSION,
         **kwargs,
     ):
         kwargs.setdefault("max_position_embeddings", alibi_starting_size)
@@ -63,6 +77,7 @@ class MosaicBertConfig(StockBertConfig):
         self.alibi_starting_size = alibi_starting_size
         self.low_precision_layernorm = low_precision_layernorm
         self.sparse_prediction = sparse_prediction
+        self.mosaic_bert_version = mosaic_bert_version
         self.complete()
 
     def complete(self):
@@ -81,6 +96,13 @@ class MosaicBertConfig(StockBertConfig):
                 setattr(self, name, getattr(MosaicBertConfig(), name))
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
+        saved_by = getattr(self, "mosaic_bert_version", VERSION)
+        if is_newer(saved_by, VERSION):
+            logger.warning(
+                f"this checkpoint was saved by version {saved_by} of its code, which is newer than "
+                f"this one, {VERSION}: take the .py files that came with it"
+            )
+        self.mosaic_bert_version = VERSION
         sizes = ("alibi_starting_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
         for name in (*sizes, "intermediate_size", "vocab_size", "type_vocab_size"):
             if getattr(self, name) < 1:

@@ -93,7 +93,7 @@ def dense_logits(layers) -> dict:
     """BERT's loss, of logits of all tokens, labelled or not."""
 
     def packed_before(*args):
-        return packed(*args)._replace(labelled=None)
+        return packed(*args)._replace(labelled_indices=None)
 
     packed = layers.packed_before
     return {"packed_before": packed_before}

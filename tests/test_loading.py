@@ -14,7 +14,7 @@ from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, published_folder, 
 from models import make, make_batch, make_labels
 from safetensors.torch import save_file
 
-from mosaic_bert import bert_layers
+from mosaic_bert import bert_layers, configuration_bert
 from mosaic_bert.configuration_bert import MosaicBertConfig
 
 AUTO_MAP = json.loads((ROOT / "config.json").read_text())["auto_map"]
@@ -389,6 +389,27 @@ def test_a_stock_configuration_is_converted_whole(ours):
     # MosaicBERT's own default is 0.
     assert model.config.attention_probs_dropout_prob == config.attention_probs_dropout_prob
     assert type(config) is transformers.BertConfig
+
+
+def test_a_checkpoint_says_which_version_of_the_code_saved_it(tmp_path):
+    make(bert_layers.BertModel).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    beside_the_model = json.loads((ROOT / "config.json").read_text())
+    assert written["mosaic_bert_version"] == configuration_bert.VERSION
+    assert beside_the_model["mosaic_bert_version"] == configuration_bert.VERSION
+
+
+@pytest.mark.parametrize(
+    "version, remarks", [("0.0.9", 0), ("0.1.0", 0), ("0.1.1", 1), ("0.10.0", 1), ("2.0.0.dev1", 1)]
+)
+def test_code_older_than_the_checkpoint_is_remarked_on(monkeypatch, version, remarks):
+    said = []
+    monkeypatch.setattr(configuration_bert, "VERSION", "0.1.0")
+    monkeypatch.setattr(configuration_bert.logger, "warning", said.append)
+    config = MosaicBertConfig(mosaic_bert_version=version)
+    assert len(said) == remarks and all(version in x and "0.1.0" in x for x in said)
+    # What this code saves is of its own version.
+    assert config.mosaic_bert_version == "0.1.0"
 
 
 def test_files_in_a_package_of_ones_own_save_a_folder_that_loads(golden, tmp_path):

@@ -102,7 +102,7 @@ def test_packed_rows_have_positions_that_begin_anew():
     assert batch["batch"]["cu_seqlens"].tolist() == [0, 3, 7, 9]
     assert batch["batch"]["max_seqlen"] == 4
     labelled = batch["labels"].flatten()[batch["batch"]["indices"]] != -100
-    assert batch["batch"]["labelled"].tolist() == labelled.nonzero().flatten().tolist()
+    assert batch["batch"]["labelled_indices"].tolist() == labelled.nonzero().flatten().tolist()
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
         return alibi_attention(qkv, cu_seqlens, alibi_slopes)[0].to(qkv.dtype)
 
     monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", kernel)
-    monkeypatch.setattr(bert_layers, "why_not", lambda *queries: None)
+    monkeypatch.setattr(bert_layers, "unsupported_reason", lambda *queries: None)
     model, batch = make(BertModel, "flash_attention_2"), make_batch(5, 3)
     with torch.no_grad():
         close(model(**batch).last_hidden_state, make(BertModel)(**batch).last_hidden_state)

@@ -83,7 +83,7 @@ def test_zeros_at_padding_add_no_sequence():
 def test_labelled_tokens_are_found_among_the_real_ones():
     labels = torch.tensor([[-100, 0, -100, 7], [3, -100, 9, 9]])
     batch = pack_batch(labels, torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0]]), labels=labels)
-    assert batch.labelled.tolist() == [1, 2, 3]
+    assert batch.labelled_indices.tolist() == [1, 2, 3]
 
 
 def test_a_packed_batch_moves_to_a_device_with_its_numbers():
@@ -91,7 +91,7 @@ def test_a_packed_batch_moves_to_a_device_with_its_numbers():
     packed = pack_batch(torch.zeros(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
     for moved in (send_to_device(packed, "meta"), send_to_device(packed._asdict(), "meta")):
         moved = packed_before(moved, torch.zeros(2, 4), None, None)
-        assert moved[:2] == (2, 4) and moved.max_seqlen == 3 and moved.labelled is None
+        assert moved[:2] == (2, 4) and moved.max_seqlen == 3 and moved.labelled_indices is None
         assert moved.indices.device.type == moved.cu_seqlens.device.type == "meta"
 
 
@@ -114,3 +114,14 @@ def test_a_packed_batch_moves_to_a_device_with_its_numbers():
 def test_bad_input_is_refused_with_the_numbers(name, value, message):
     with pytest.raises(ValueError, match=message):
         pack_batch(**{"tokens": torch.zeros(2, 4), name: value})
+
+
+def test_names_that_fields_had_before_are_read():
+    """Collators of then feed models of now."""
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    labels = torch.tensor([[-100, 1, -100], [2, -100, -100]])
+    batch = pack_batch(ids, labels=labels)
+    old = batch._asdict()
+    old |= {"batch": old.pop("batch_size"), "labelled": old.pop("labelled_indices")}
+    again = packed_before(old, ids, None, None)
+    assert again.batch_size == 2 and torch.equal(again.labelled_indices, batch.labelled_indices)
