@@ -106,14 +106,12 @@ def bias_for_reversed_keys(window: Tensor, seqlen: int) -> Tensor:
     return window.as_strided((1, heads, seqlen, seqlen), (0, width, 1, 1), width // 2 + 1 - seqlen)
 
 
-# ---- attention backends ----
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32, what softmax and losses are computed in; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# ---- attention backends ----
 # (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None, with
 # qkv (total, 3, heads, head_dim), slopes (heads,) float32, context (total, heads, head_dim).
 
@@ -460,8 +458,8 @@ def _save_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-class Once(torch.autograd.Function):
-    """The first tensors of twice as many, as functions of the others that cannot be derived."""
+class FirstDerivative(torch.autograd.Function):
+    """Returns the first half of its tensors; to derive it by the second half raises."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -479,8 +477,8 @@ def _scale_gradients(ctx, grad, *_):
         scaled = [x.to(grad.dtype, copy=True).mul_(grad) for x in saved]
         scaled = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
     if torch.is_grad_enabled():
-        # create_graph=True: what is derived again must not pass for constant.
-        scaled = Once.apply(*scaled, *saved)
+        # create_graph=True. Without it they would pass for constant where they are derived again.
+        scaled = FirstDerivative.apply(*scaled, *saved)
     hidden, weight, bias = scaled
     return hidden, weight if ctx.weight_grad else None, bias, None, None
 
@@ -734,17 +732,17 @@ class BertEncoder(nn.Module):
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
 
-        def seen(hidden_states):
+        def shown(hidden_states):
             if states is None:
                 return hidden_states
             states.append(pad_input(hidden_states, batch))
             return unpad_input(states[-1], batch)
 
-        hidden_states = seen(hidden_states)
+        hidden_states = shown(hidden_states)
         for i, layer in enumerate(self.layer):
             keep = batch.labelled_indices if i == len(self.layer) - 1 else None
             hidden_states, probs = layer(hidden_states, slopes, batch, backend, keep)
-            hidden_states = seen(hidden_states)
+            hidden_states = shown(hidden_states)
             if output_attentions:
                 attentions.append(probs)
         return hidden_states, states, attentions
