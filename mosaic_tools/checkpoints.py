@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from mosaic_tools.files import read_json
 from mosaic_tools.recipe import RecipeArguments
 
 COMPLETE = "complete.json"
@@ -87,10 +88,12 @@ def mark_complete(folder: Path):
 
 def what_is_torn(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, None if it is whole."""
-    try:
-        sizes = json.loads((folder / COMPLETE).read_text())
-    except (OSError, ValueError):
+    if not (folder / COMPLETE).is_file():
         return f"it was not finished, {COMPLETE} is missing"
+    try:
+        sizes = read_json(folder / COMPLETE)
+    except ValueError as error:
+        return f"{error}: what is whole is not known"
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file():

@@ -373,6 +373,25 @@ def test_torn_checkpoints_are_named_and_passed_over(tmp_path, capsys):
         checkpoints.checkpoint_to_resume(recipe)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[1]", "holds a list, expected an object"),
+        ("8", "holds a int, expected an object"),
+        ('{"optimizer.pt": ', "is not JSON"),
+        ("", "is not JSON"),
+    ],
+    ids=["list", "number", "cut", "empty"],
+)
+def test_a_checkpoint_whose_list_of_files_cannot_be_read_is_torn(tmp_path, content, reason):
+    """One that is no object ended the run with an AttributeError."""
+    good, torn = checkpoint_of(tmp_path, 9), checkpoint_of(tmp_path, 10)
+    (torn / "complete.json").write_text(content)
+    assert reason in what_is_torn(torn)
+    newest, passed_over = checkpoints.newest_checkpoint(tmp_path)
+    assert newest == good and len(passed_over) == 1 and reason in passed_over[0]
+
+
 def test_last_starts_anew_where_no_checkpoint_is_complete_and_overwrites_nothing_else(
     tmp_path, capsys
 ):
