@@ -2,6 +2,7 @@
 """Layouts of checkpoints in the wild: their names of tensors, and the way to ours and back."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mosaic_tools.family import BUFFERS, listed
@@ -63,7 +64,7 @@ def join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             shapes = [tensors[x].shape for x in names if x in tensors]
             # What is left apart has no place, and will be listed.
             if shapes == [shapes[0]] * len(names) and shapes[0]:
-                joint = torch.cat([tensors.pop(x) for x in names])
+                joint = rearrange([tensors.pop(x) for x in names], "qkv dim ... -> (qkv dim) ...")
                 name = first.replace(parts[0], ours)
                 if not torch.equal(tensors.setdefault(name, joint), joint):
                     raise ValueError(f"{name} differs from {', '.join(names)}")
@@ -75,9 +76,13 @@ def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     apart = {}
     for name, tensor in tensors.items():
         ours = next((x for x in JINA_NAMES if x in name), None)
-        parts = JINA_NAMES.get(ours, [ours])
-        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-            apart[name.replace(ours, part) if ours else name] = piece
+        if ours is None:
+            apart[name] = tensor
+            continue
+        parts = JINA_NAMES[ours]
+        pieces = rearrange(tensor, "(qkv dim) ... -> qkv dim ...", qkv=len(parts))
+        for part, piece in zip(parts, pieces, strict=True):
+            apart[name.replace(ours, part)] = piece
     return apart
 
 

@@ -8,6 +8,7 @@ It shares no code with the model. `weights` are a checkpoint's tensors by their 
 import math
 
 import torch
+from einops import rearrange
 
 
 def slopes(heads):
@@ -44,7 +45,9 @@ def alibi_attention(
     outs, lses = [], []
     bounds = cu_seqlens.tolist()
     for index, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        q, k, v = qkv[begin:end].to(dtype).permute(1, 2, 0, 3)  # (heads, seqlen, head_dim) each
+        q, k, v = rearrange(
+            qkv[begin:end].to(dtype), "seqlen qkv heads head_dim -> qkv heads seqlen head_dim"
+        )
         scores = q @ k.transpose(1, 2) * scale  # (heads, seqlen, seqlen)
         if slopes is not None:
             if position_ids is None:
@@ -56,7 +59,7 @@ def alibi_attention(
         weights = scores.softmax(-1)
         if dropout_mask is not None:
             weights = weights * dropout_mask[index].to(dtype)
-        outs.append((weights @ v).transpose(0, 1))
+        outs.append(rearrange(weights @ v, "heads seqlen head_dim -> seqlen heads head_dim"))
         lses.append(scores.logsumexp(-1))
     return torch.cat(outs), torch.cat(lses, 1)
 
@@ -86,13 +89,21 @@ def encode(weights, config, ids, token_types, positions):
     states = [norm(x, weights, "bert.embeddings.LayerNorm", eps)]
     for i in range(config["num_hidden_layers"]):
         x, layer = states[-1], f"bert.encoder.layer.{i}"
-        qkv = linear(x, weights, f"{layer}.attention.self.Wqkv").view(len(x), 3, heads, -1)
+        qkv = rearrange(
+            linear(x, weights, f"{layer}.attention.self.Wqkv"),
+            "seqlen (qkv heads head_dim) -> seqlen qkv heads head_dim",
+            qkv=3,
+            heads=heads,
+        )
         whole = torch.tensor([0, len(x)])
-        context = alibi_attention(qkv, whole, slopes(heads), positions)[0].reshape(len(x), -1)
+        context, _ = alibi_attention(qkv, whole, slopes(heads), positions)
+        context = rearrange(context, "seqlen heads head_dim -> seqlen (heads head_dim)")
         attended = linear(context, weights, f"{layer}.attention.output.dense")
         x = norm(attended + x, weights, f"{layer}.attention.output.LayerNorm", eps)
-        gate, value = linear(x, weights, f"{layer}.mlp.gated_layers").split(
-            config["intermediate_size"], dim=-1
+        gate, value = rearrange(
+            linear(x, weights, f"{layer}.mlp.gated_layers"),
+            "seqlen (halves inter) -> halves seqlen inter",
+            halves=2,
         )
         states.append(
             norm(
