@@ -32,7 +32,7 @@ from mosaic_tools.classifiers import (
     has_token_types,
     is_trained_on,
     label_ids,
-    longest,
+    max_length_of,
     read_config,
     read_tokenizer,
 )
@@ -103,10 +103,10 @@ class FinetuneTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             config, tokenizer = self.model.config, self.processing_class
-            most = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            wanted = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
             make_tokenizer_portable(
                 output_dir or self.args.output_dir,
-                longest(config, tokenizer, most),
+                max_length_of(config, tokenizer, wanted),
                 has_token_types(config),
             )
 
@@ -293,7 +293,7 @@ def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> l
         own = parse([*task.flags(), *argv])[-1]
         place = "model" if start == model else f"mnli/{Path(start).name}"
         settings = weights | {"start": place, "data": source}
-        settings["max_seq_length"] = longest(config, tokenizer, data.max_seq_length)
+        settings["max_seq_length"] = max_length_of(config, tokenizer, data.max_seq_length)
         settings["train_rows"] = len(parts["train"].rows)
         settings["rows_per_step"] = own.rows_per_step()
         settings |= {key: getattr(own, key) for key in SETTINGS}

@@ -115,13 +115,13 @@ def is_trained_on(name: str, config, task: Task) -> bool:
     return True
 
 
-def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenizer, most: int):
+def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenizer, max_length: int):
     """The weights of `start` under a classifier for the task, new unless trained on it already.
 
     Other layers outside the encoder, as ModernBERT's prediction head, stay as pre-trained.
 
     Args:
-        most: tokens that a row may have.
+        max_length: of a row, in tokens.
 
     Raises:
         ValueError: as `family.load`; a new classifier, and a new pooler under it, may be missing.
@@ -140,7 +140,7 @@ def build_classifier(args: ClassifierArguments, start: str, task: Task, tokenize
         config.attention_probs_dropout_prob = 0.0
         config.low_precision_layernorm = args.low_precision_layernorm
         config.pad_token_id = tokenizer.pad_token_id
-        length = max(config.alibi_starting_size, most)
+        length = max(config.alibi_starting_size, max_length)
         config.alibi_starting_size = config.max_position_embeddings = length
         model_class, options = family.model_class("AutoModelForSequenceClassification"), {}
     config.update(args.dropout())
@@ -179,7 +179,7 @@ def draw_classifier(model, new: set[str]):
                 x.zero_()
 
 
-def longest(config, tokenizer, wanted: int) -> int:
+def max_length_of(config, tokenizer, wanted: int) -> int:
     """Tokens of a row: what is wanted, or as many as a model with positions can read."""
     if family.is_ours(config):
         return wanted

@@ -36,10 +36,11 @@ JINA = {
 DECODER, EMBEDDINGS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 
 
-def listed(names, most: int = 8) -> str:
+def listed(names, max_names: int = 8) -> str:
     """The names, or the first of them and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+    rest = f" and {len(names) - max_names} more" if names[max_names:] else ""
+    return ", ".join(names[:max_names]) + rest
 
 
 # ---- this folder's code ----

@@ -272,18 +272,22 @@ def as_labels(where: str, values: list, task: Task) -> list:
 # ---- encoding ----
 
 
-def encode(part: Part, task: Task, ids: dict[str, int] | None, tokenizer, most: int, types: bool):
+def encode(
+    part: Part, task: Task, ids: dict[str, int] | None, tokenizer, max_length: int, types: bool
+):
     """Rows with `input_ids`, `attention_mask`, `token_type_ids` and `labels`.
 
     Args:
         ids: of the labels, None for regression.
-        most: tokens of a row.
+        max_length: of a row, in tokens; the rest is cut off.
         types: whether the model has token types, which not every tokenizer hands out unasked.
     """
 
     def tokenize(batch):
         texts = (batch[name] for name in task.columns)
-        return tokenizer(*texts, truncation=True, max_length=most, return_token_type_ids=types)
+        return tokenizer(
+            *texts, truncation=True, max_length=max_length, return_token_type_ids=types
+        )
 
     rows = part.rows.map(
         tokenize, batched=True, remove_columns=part.rows.column_names, **parallel(part.rows)

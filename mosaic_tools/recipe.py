@@ -281,34 +281,35 @@ class PretrainingArguments(RecipeArguments):
     )
 
 
-def split_batch(rows: int, devices: int, most: int) -> tuple[int, int]:
+def split_batch(rows: int, devices: int, max_rows: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches of a step), for each device.
 
     Args:
-        rows: of an optimizer step, on all devices. most: of a micro-batch.
+        rows: of an optimizer step, on all devices.
+        max_rows: of a micro-batch.
 
     Raises:
         ValueError: rows cannot be shared equally, or only in micro-batches of less than half of
             what a device could take; it names the nearest numbers that can.
     """
-    if found := try_split(rows, devices, most):
+    if found := try_split(rows, devices, max_rows):
         return found
-    lower = next((n for n in range(rows, 0, -1) if try_split(n, devices, most)), None)
-    upper = next(n for n in itertools.count(rows) if try_split(n, devices, most))
+    lower = next((n for n in range(rows, 0, -1) if try_split(n, devices, max_rows)), None)
+    upper = next(n for n in itertools.count(rows) if try_split(n, devices, max_rows))
     raise ValueError(
         f"global_batch_size {rows} cannot be split over {devices} devices in micro-batches of at "
-        f"most {most} rows each (--per_device_train_batch_size): the nearest that can is "
+        f"most {max_rows} rows each (--per_device_train_batch_size): the nearest that can is "
         f"{' or '.join(str(n) for n in (lower, upper) if n)}"
     )
 
 
-def try_split(rows: int, devices: int, most: int) -> tuple[int, int] | None:
+def try_split(rows: int, devices: int, max_rows: int) -> tuple[int, int] | None:
     """`split_batch`, or None where that raises."""
     share, rest = divmod(rows, devices)
     if rest or not share:
         return None
-    micro = next(m for m in range(min(most, share), 0, -1) if share % m == 0)
-    return (micro, share // micro) if 2 * micro >= min(most, share) else None
+    micro = next(m for m in range(min(max_rows, share), 0, -1) if share % m == 0)
+    return (micro, share // micro) if 2 * micro >= min(max_rows, share) else None
 
 
 def parse(argv: list[str]):

@@ -66,7 +66,7 @@ def test_data_arguments_that_contradict_are_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    ("rows", "devices", "most", "expected"),
+    ("rows", "devices", "max_rows", "expected"),
     [
         (4096, 8, 128, (128, 4)),
         (4096, 1, 64, (64, 64)),
@@ -75,27 +75,27 @@ def test_data_arguments_that_contradict_are_refused(values, message):
         (8, 8, 64, (1, 1)),
     ],
 )
-def test_a_global_batch_is_split_over_devices_and_micro_batches(rows, devices, most, expected):
-    micro, accumulated = recipe.split_batch(rows, devices, most)
+def test_a_global_batch_is_split_over_devices_and_micro_batches(rows, devices, max_rows, expected):
+    micro, accumulated = recipe.split_batch(rows, devices, max_rows)
     assert (micro, accumulated) == expected
     assert micro * accumulated * devices == rows
 
 
 @pytest.mark.parametrize(
-    ("rows", "devices", "most", "near"),
+    ("rows", "devices", "max_rows", "near"),
     [(4096, 3, 64, "4095 or 4104"), (4, 8, 64, "8"), (254, 2, 64, "252 or 256")],
     ids=["3 devices", "fewer rows than devices", "127 is prime"],
 )
-def test_an_impossible_split_is_refused_with_the_nearest(rows, devices, most, near):
-    message = f"global_batch_size {rows} .* {devices} devices .* at most {most} .*is ({near})$"
+def test_an_impossible_split_is_refused_with_the_nearest(rows, devices, max_rows, near):
+    message = f"global_batch_size {rows} .* {devices} devices .* at most {max_rows} .*is ({near})$"
     with pytest.raises(ValueError, match=message):
-        recipe.split_batch(rows, devices, most)
+        recipe.split_batch(rows, devices, max_rows)
     between = range(*sorted(map(int, near.split(" or ")))) if " or " in near else range(1, 8)
     for proposal in near.split(" or "):
-        recipe.split_batch(int(proposal), devices, most)
+        recipe.split_batch(int(proposal), devices, max_rows)
     for other in list(between)[" or " in near :]:
         with pytest.raises(ValueError):
-            recipe.split_batch(other, devices, most)
+            recipe.split_batch(other, devices, max_rows)
 
 
 def test_a_global_batch_sets_micro_batch_and_accumulation():
