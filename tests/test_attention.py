@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bert_layers: slopes, biases, the attention backends and how one is chosen."""
+
+import pytest
+import torch
+from conftest import on_every_backend, to
+from models import close, make, make_batch
+from reference import alibi_attention, assert_as_close, slopes
+
+from mosaic_bert import bert_layers
+from mosaic_bert.bert_layers import (
+    BertForMaskedLM,
+    BertModel,
+    alibi_slopes,
+    choose_backend,
+)
+from mosaic_bert.bert_padding import PackedBatch
+
+
+@pytest.mark.parametrize("heads", [4, 6, 8, 12])
+def test_slopes_are_those_of_the_paper(heads):
+    assert alibi_slopes(heads) == pytest.approx(slopes(heads).tolist(), rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "gaps"])
+@pytest.mark.parametrize("lengths", [[1], [63, 1, 128, 128, 129]], ids=str)
+@pytest.mark.parametrize("heads", [8, 12])
+def test_sdpa_is_as_close_to_float64_as_eager_is(heads, lengths, gaps, dtype):
+    """Forward and gradient, one bias view for each length, runs of equal lengths in one call."""
+    total, head_dim = sum(lengths), 16
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = None
+    if gaps:
+        positions = torch.cat([torch.arange(n).square().int() for n in lengths])
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(total, *x, heads, head_dim, generator=generator) for x in ([3], [])]
+    qkv, upstream = (x.to(dtype) for x in draw)
+
+    def run(attend, x):
+        x = x.detach().requires_grad_()
+        out = attend(x)
+        (gradient,) = torch.autograd.grad(out, x, upstream.to(out.dtype))
+        return out.detach(), gradient
+
+    # A row per sequence: eager pads, so it needs to know the places.
+    seqlen = max(lengths)
+    indices = torch.cat([torch.arange(n) + i * seqlen for i, n in enumerate(lengths)])
+    batch = PackedBatch(len(lengths), seqlen, indices, cu_seqlens, seqlen, positions)
+    all_slopes = torch.tensor(alibi_slopes(heads))
+    plain = run(lambda x: bert_layers.eager_attention(x, all_slopes, batch, 0.0)[0], qkv)
+    candidate = run(lambda x: bert_layers.sdpa_attention(x, all_slopes, batch, 0.0)[0], qkv)
+    oracle = run(
+        lambda x: alibi_attention(x, cu_seqlens, slopes(heads), positions)[0], qkv.double()
+    )
+    for factor, *outputs in zip((2, 3), candidate, plain, oracle, strict=True):
+        assert_as_close(*outputs, factor=factor)
+
+
+def test_sdpa_is_given_a_bias_of_linear_memory(monkeypatch):
+    biases, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x: biases.append(x[3]) or attend(*x),
+    )
+    make(BertModel, "sdpa")(**make_batch(300, 200))
+    assert [bias.shape for bias in biases[:2]] == [(1, 4, 300, 300), (1, 4, 200, 200)]
+    assert all(bias.untyped_storage().nbytes() == 4 * 599 * 4 for bias in biases)
+
+
+def test_the_bias_is_alibis_against_reversed_keys():
+    window = bert_layers.alibi_window(torch.tensor(alibi_slopes(12)), 65_536)
+    bias = bert_layers.bias_for_reversed_keys(window, 65_536)
+    assert bias.shape == (1, 12, 65_536, 65_536)
+    assert bias.untyped_storage().nbytes() == 12 * 131_071 * 4
+    # Against reversed keys, column 65,535 is key 0.
+    assert bias[0, 0, 100, 65_535] == -100 * alibi_slopes(12)[0]
+
+
+def test_triton_shares_one_tile_map_among_layers(monkeypatch):
+    """Under the interpreter, here, which is also where a CPU tensor may reach the kernel."""
+    maps, build = [], bert_layers.build_tile_map
+    monkeypatch.setattr(bert_layers, "build_tile_map", lambda *x: maps.append(build(*x)) or maps[0])
+    batch = make_batch(5, 140)
+    with torch.no_grad():
+        ours = make(BertModel, "triton")(**batch)[0]
+        close(ours, make(BertModel, "eager")(**batch)[0])
+    assert len(maps) == 1
+
+
+def test_triton_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot run: it needs CUDA tensors, got cpu"):
+        make(BertModel, "triton")(**make_batch(3))
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, reason",
+    [
+        (torch.float64, 64, "it takes torch.float16, torch.bfloat16, torch.float32, got torch.f"),
+        (torch.bfloat16, 20, "a multiple of 8 up to 128, got 20"),
+        (torch.bfloat16, 136, "a multiple of 8 up to 128, got 136"),
+    ],
+)
+def test_on_cuda_auto_falls_back_where_triton_cannot(monkeypatch, dtype, head_dim, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    warnings = []
+    monkeypatch.setattr(bert_layers.logger, "warning_once", warnings.append)
+    device = torch.device("cuda")
+    assert choose_backend("auto", device, torch.bfloat16, 64) == "triton" and not warnings
+    assert choose_backend("auto", device, dtype, head_dim) == "sdpa"
+    assert reason in warnings[0]
+
+
+def test_on_rocm_auto_takes_sdpa(monkeypatch):
+    """A GPU is called CUDA there, with a capability, and Triton lacks the kernel's precision."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    queries = (torch.device("cuda"), torch.bfloat16, 64)
+    assert choose_backend("auto", *queries) == "sdpa"
+    with pytest.raises(ValueError, match="NVIDIA's GPUs, not for ROCm's. Use 'sdpa'"):
+        choose_backend("triton", *queries)
+
+
+def test_a_default_dtype_of_half_precision_changes_no_float32_model():
+    model, batch = make(BertModel), make_batch(8, 5)
+    expected = model(**batch).last_hidden_state
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@on_every_backend
+def test_attention_dropout_is_for_training_only(backend, device):
+    model = make(BertModel, backend, attention_probs_dropout_prob=0.5).to(device)
+    batch = to(device, make_batch(32, 7))
+    with torch.no_grad():
+        still = model(**batch).last_hidden_state
+        model.train()
+        first, second = model(**batch).last_hidden_state, model(**batch).last_hidden_state
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, still)
+
+
+@pytest.mark.parametrize(
+    "requested, output_attentions, expected",
+    [
+        ("auto", False, "sdpa"),
+        ("auto", True, "eager"),
+        ("sdpa", False, "sdpa"),
+        ("eager", True, "eager"),
+    ],
+)
+def test_backend_on_a_cpu(requested, output_attentions, expected):
+    queries = (torch.device("cpu"), torch.float32, 64)
+    assert choose_backend(requested, *queries, output_attentions) == expected
+
+
+def test_a_backend_that_returns_no_attentions_says_so():
+    with pytest.raises(
+        ValueError, match="output_attentions=True needs attn_implementation='eager'"
+    ):
+        make(BertModel, "sdpa")(**make_batch(3), output_attentions=True)
+
+
+def test_flash_attention_2_is_refused_where_it_cannot_run(monkeypatch):
+    """The published code chose its kernel by dropout, and crashed where the device had none."""
+    with pytest.raises(ValueError, match="'flash_attention_2' is not available.*flash_attn.*sdpa"):
+        make(BertModel, "flash_attention_2")
+    monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", object())
+    model = make(BertModel, "flash_attention_2")
+    with pytest.raises(ValueError, match="cannot run: it needs CUDA tensors, got cpu. Use 'sdpa'"):
+        model(**make_batch(3))
+
+
+def test_flash_attention_2_gets_slopes_and_refuses_gaps(monkeypatch):
+    """Its ALiBi counts index distances; elsewhere it would be silently wrong."""
+    seen = {}
+
+    def kernel(qkv, cu_seqlens, max_seqlen, dropout_p, alibi_slopes):
+        seen.update(cu_seqlens=cu_seqlens.tolist(), max_seqlen=max_seqlen, slopes=alibi_slopes)
+        return alibi_attention(qkv, cu_seqlens, alibi_slopes)[0].to(qkv.dtype)
+
+    monkeypatch.setattr(bert_layers, "flash_attn_2_varlen_attention", kernel)
+    monkeypatch.setattr(bert_layers, "unsupported_reason", lambda *queries: None)
+    model, batch = make(BertModel, "flash_attention_2"), make_batch(5, 3)
+    with torch.no_grad():
+        close(model(**batch).last_hidden_state, make(BertModel)(**batch).last_hidden_state)
+    assert seen["cu_seqlens"] == [0, 5, 8] and seen["max_seqlen"] == 5
+    assert torch.equal(seen["slopes"], torch.tensor(alibi_slopes(4)))
+    batch["attention_mask"][0, 2] = 0
+    with pytest.raises(ValueError, match="by index, but this batch has gaps"):
+        model(**batch)
+
+
+def test_an_unknown_backend_is_refused_at_load():
+    with pytest.raises(
+        ValueError, match="'flex' is not available; choose one of auto, eager, sdpa, triton"
+    ):
+        make(BertModel, "flex")
+
+
+def test_set_attn_implementation_takes_effect():
+    """transformers ignores it, with a warning, for classes it takes for older ones."""
+    model = make(BertForMaskedLM)
+    model.set_attn_implementation("eager")
+    assert model.bert.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="'nope' is not available"):
+        model.set_attn_implementation("nope")
