@@ -29,6 +29,7 @@ package = types.ModuleType("mosaic_bert")
 package.__path__ = [str(ROOT)]
 sys.modules["mosaic_bert"] = package
 
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
@@ -110,6 +111,25 @@ def environment_of_a_module():
 @pytest.fixture(autouse=True)
 def environment_of_a_test():
     yield from restore_environment()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def goldens_stay_as_recorded():
+    """Before and after all tests: one that wrote to them would hide faults."""
+    check_goldens()
+    yield
+    check_goldens()
+
+
+def check_goldens(folder=GOLDENS):
+    """AssertionError unless the folder's files are those of its SHA256SUMS."""
+    sums = (line.split() for line in (folder / "SHA256SUMS").read_text().splitlines())
+    files = [x for x in folder.rglob("*") if x.is_file() and x.name != "SHA256SUMS"]
+    found = {
+        f"./{x.relative_to(folder).as_posix()}": hashlib.sha256(x.read_bytes()).hexdigest()
+        for x in files
+    }
+    assert found == {name: digest for digest, name in sums}
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,11 @@ far PyTorch in float32 is from it, and ours may be twice as far (three times for
 eps of the largest value.
 """
 
+import shutil
+
 import pytest
 import torch
-from conftest import PLACES, load_golden, on_every_backend, to
+from conftest import GOLDENS, PLACES, check_goldens, load_golden, on_every_backend, to
 from reference import Oracle, assert_as_close
 
 from mosaic_bert import bert_layers
@@ -167,3 +169,16 @@ def test_half_precision_is_as_close_to_float64_as_eager_on_a_cpu_is(backend, dev
                 model.to(dtype)(**to(model.device, x)).logits.cpu()[real] for model in models
             )
             assert_as_close(ours, plain, oracle(**x)["logits"])
+
+
+def test_a_changed_or_an_added_golden_is_noticed(tmp_path):
+    folder = shutil.copytree(GOLDENS, tmp_path / "goldens")
+    check_goldens(folder)
+    (folder / "mosaic_tiny" / "bert_layers.py").touch()
+    with pytest.raises(AssertionError):
+        check_goldens(folder)
+    (folder / "mosaic_tiny" / "bert_layers.py").unlink()
+    with open(folder / "mosaic_tiny" / "config.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(AssertionError):
+        check_goldens(folder)
