@@ -19,6 +19,7 @@ Pickled code is never executed.
 import argparse
 import json
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.hf_argparser import string_to_bool
 
 from mosaic_tools.cards import SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
@@ -39,7 +41,7 @@ from mosaic_tools.family import (
     our_config,
 )
 from mosaic_tools.layouts import from_ours, to_ours
-from mosaic_tools.publishing import POOLING_FILES, check_repo_id, publish, write_pooling
+from mosaic_tools.publishing import check_repo_id, publish, remove_derived, write_pooling
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
 from mosaic_tools.weights import fetch, read_config, read_tensors
 
@@ -88,6 +90,9 @@ FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
 FOREIGN |= {"emb_pooler", "feed_forward_type", "model_max_length"}
+# What the training commands take alone, or with true or false, as here.
+SWITCHES = ("--private", "--overwrite")
+SWITCH = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
 
 
 def main(argv=None):
@@ -127,7 +132,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--overwrite",
-        action="store_true",
+        **SWITCH,
         help="replace the model and the tokenizer that output_dir holds",
     )
     parser.add_argument(
@@ -138,12 +143,23 @@ def parse_args(argv=None):
     )
     hub = parser.add_argument_group("Hub", "as whom you are logged in: `hf auth login` or HF_TOKEN")
     hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
-    hub.add_argument("--private", action="store_true", help="only to a private repository")
+    hub.add_argument("--private", **SWITCH, help="only to a private repository")
     hub.add_argument("--revision", help="branch to upload to, made if it is not there")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_values(sys.argv[1:] if argv is None else argv))
     if (args.private or args.revision) and not args.push_to_hub:
         parser.error("--private and --revision need --push_to_hub")
     return args
+
+
+def with_values(argv: list[str]) -> list[str]:
+    """--private true as --private=true, and --private alone too, so that SOURCE may follow it."""
+    words = []
+    for word in argv:
+        if words and words[-1] in SWITCHES and word.lower() in ("true", "false"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return [f"{word}=true" if word in SWITCHES else word for word in words]
 
 
 def convert(
@@ -347,9 +363,8 @@ def new_folder(path: Path, overwrite: bool):
         yield Path(temporary)
         path.mkdir(exist_ok=True)
         # What a former conversion left would be loaded beside the new files, or instead of them.
-        stale = ["*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt", *POOLING_FILES]
-        stale += ["config_sentence_transformers.json", "onnx/*.onnx*", "openvino/openvino_*"]
-        for pattern in stale:
+        remove_derived(path)
+        for pattern in ("*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt"):
             for file in path.glob(pattern):
                 file.unlink()
         for file in (x for x in Path(temporary).rglob("*") if x.is_file()):

@@ -8,125 +8,59 @@
         --validation_file dev.csv --output_dir runs/mine
 
 Tasks, recipes and metrics are in mosaic_tools/glue_tasks.py, data in labelled_data.py, the model in
-classifiers.py there. Every finished run leaves TASK/seed-N/result.json in output_dir, and the same
-command again runs the others only; results.json has them all. A task's first seed also leaves a
-complete Hub repository: weights, config, code, tokenizer and a model card.
+classifiers.py, arguments and the plan of all runs in runs.py there. Every finished run leaves
+TASK/seed-N/result.json in output_dir, and the same command again runs the others only; results.json
+has them all. A task's first seed also leaves a complete Hub repository: weights, config, code,
+tokenizer and a model card.
 """
 
 import gc
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import EvalResult
-from transformers import DataCollatorWithPadding, Trainer, set_seed
-from transformers.hf_argparser import HfArgumentParser
+from transformers import DataCollatorWithPadding, set_seed
 
 from mosaic_tools.callbacks import LogFile
 from mosaic_tools.cards import about_weights, write_card
 from mosaic_tools.classifiers import (
     ClassifierArguments,
+    FinetuneTrainer,
     build_classifier,
     has_token_types,
-    is_trained_on,
     label_ids,
-    max_length_of,
     read_config,
     read_tokenizer,
 )
-from mosaic_tools.devices import attention_backend, one_gpu_each, use_all_cores
-from mosaic_tools.glue_tasks import (
+from mosaic_tools.devices import (
+    attention_backend,
+    one_gpu_each,
+    prepare_environment,
+    use_all_cores,
+)
+from mosaic_tools.glue_tasks import GLUE, TASKS, Task, eval_results, metrics
+from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
+from mosaic_tools.publishing import hub_id, publish
+from mosaic_tools.recipe import given_flags
+from mosaic_tools.runs import (
     RESULT,
     RESULTS,
-    SEEDS,
-    TASKS,
-    Task,
+    FinetuneArguments,
+    Run,
     collect,
-    metrics,
-    read_results,
+    finished_runs,
+    plan,
     table,
     write_json,
 )
-from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
-from mosaic_tools.publishing import hub_id, publish
-from mosaic_tools.recipe import RecipeArguments, option
-from mosaic_tools.tokenization import make_tokenizer_portable
-
-GLUE = "nyu-mll/glue"
-# Of the arguments, what a result depends on.
-SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm"),
-    *("warmup_share", "warmup_steps", "lr_end", "lr_scheduler_type", "bf16", "fp16", "optim"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
-)
 
 
-@dataclass
-class FinetuneArguments(RecipeArguments):
-    """TrainingArguments, of which a task has its own values unless they are given."""
-
-    seeds: list[int] | None = option(None, f"None: as many of {SEEDS} as published for the task")
-    save_all_seeds: bool = option(False, "keep the model of every seed, not of the first only")
-    save_strategy: str = "no"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.resume_from_checkpoint:
-            raise ValueError(
-                "leave out --resume_from_checkpoint: the same command again runs what is unfinished"
-            )
-
-
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> tuple[ClassifierArguments, LabelledDataArguments, dict]:
+    """The model, the data, and of FinetuneArguments the values given: tasks fill in their own."""
     groups = (ClassifierArguments, LabelledDataArguments, FinetuneArguments)
-    return HfArgumentParser(groups).parse_args_into_dataclasses(argv, look_for_args_file=False)
-
-
-# ---- a run ----
-
-
-class FinetuneTrainer(Trainer):
-    """Trainer that decays all parameters, as published, and saves tokenizers that every supported
-    transformers reads."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Models that take num_items_in_batch ignore it when they classify.
-        self.model_accepts_loss_kwargs = False
-
-    def get_decay_parameter_names(self, model):
-        return [name for name, _ in model.named_parameters()]
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            config, tokenizer = self.model.config, self.processing_class
-            wanted = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-            make_tokenizer_portable(
-                output_dir or self.args.output_dir,
-                max_length_of(config, tokenizer, wanted),
-                has_token_types(config),
-            )
-
-
-@dataclass
-class Run:
-    """A task with one seed.
-
-    Args:
-        start: folder or Hub id of the weights to start from.
-        keep: whether the model is saved.
-        settings: what the result depends on, besides the seed.
-    """
-
-    name: str
-    seed: int
-    folder: Path
-    start: str
-    keep: bool
-    settings: dict
+    model, data, given = given_flags(groups, argv)
+    return ClassifierArguments(**model), LabelledDataArguments(**data), given
 
 
 def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args, args) -> dict:
@@ -204,137 +138,13 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args):
     )
 
 
-def eval_results(name: str, task: Task, found: dict[str, float]) -> list[EvalResult]:
-    """The evaluation for the Hub, by its names of metrics, which draws tables of it.
-
-    Args:
-        name: of the task.
-        found: values by the names of `metrics`, each with its split's suffix.
-    """
-    is_glue = name in TASKS
-    return [
-        EvalResult(
-            task_type="text-classification",
-            task_name="Text classification" if task.labels else "Regression on texts",
-            dataset_type=GLUE if is_glue else "custom",
-            dataset_name=f"GLUE {task.title}" if is_glue else task.title,
-            dataset_config=name if is_glue else None,
-            dataset_split=split,
-            metric_type=kind,
-            metric_name=title,
-            metric_value=found[metric + suffix],
-        )
-        for suffix, split in task.validation.items()
-        for metric, (kind, title) in metric_names(task).items()
-    ]
-
-
-def metric_names(task: Task) -> dict[str, tuple[str, str]]:
-    """The Hub's type and a title for each of `metrics` that such a task has."""
-    if not task.labels:
-        return {
-            "pearson": ("pearsonr", "Pearson's correlation"),
-            "spearman": ("spearmanr", "Spearman's correlation"),
-            "loss": ("mse", "Mean squared error"),
-        }
-    return {
-        "accuracy": ("accuracy", "Accuracy"),
-        "f1": ("f1", "F1" if len(task.labels) == 2 else "F1, mean over labels"),
-        "matthews": ("matthews_correlation", "Matthews' correlation"),
-        "loss": ("loss", "Loss"),
-    }
-
-
-# ---- all runs ----
-
-
-def finished_runs(args: FinetuneArguments) -> dict[Path, dict]:
-    """Results in output_dir by folder, none that --overwrite forgets.
-
-    Raises:
-        ValueError: there is no output_dir, or it holds something else.
-    """
-    if not args.output_dir:
-        raise ValueError("give --output_dir, the folder that models and results are written to")
-    folder = Path(args.output_dir)
-    if args.overwrite:
-        return {}
-    if folder.exists() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
-        raise ValueError(
-            f"output_dir {folder} is not empty and has no {RESULTS}: choose another, or write into "
-            "it with --overwrite true"
-        )
-    return read_results(folder)
-
-
-def plan(loaded: dict, finished: dict[Path, dict], config, tokenizer, argv) -> list[Run]:
-    """The runs asked for, finished ones included.
-
-    Args:
-        loaded: `load_task`'s answers by task.
-
-    Raises:
-        ValueError: the model was trained on other labels, or a result in output_dir is of another
-            model, other data or other settings.
-    """
-    model_args, data, args = parse(argv)
-    folder, model = Path(args.output_dir), model_args.model
-    weights = {"weights": model_args.version()}
-    of_mnli = {x for x, result in finished.items() if result["task"] == "mnli" and result["kept"]}
-    runs = []
-    for name, (task, parts, source) in loaded.items():
-        seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
-        first = folder / "mnli" / f"seed-{seeds[0]}"
-        start = model
-        if task.from_mnli and of_mnli:
-            start = str(first if first in of_mnli else min(of_mnli))
-        if start == model and not model_args.new_classifier:
-            is_trained_on(model, config, task)
-        own = parse([*task.flags(), *argv])[-1]
-        place = "model" if start == model else f"mnli/{Path(start).name}"
-        settings = weights | {"start": place, "data": source}
-        settings["max_seq_length"] = max_length_of(config, tokenizer, data.max_seq_length)
-        settings["train_rows"] = len(parts["train"].rows)
-        settings["rows_per_step"] = own.rows_per_step()
-        settings |= {key: getattr(own, key) for key in SETTINGS}
-        settings["best_of"] = own.load_best_model_at_end and [
-            *(own.metric_for_best_model, own.greater_is_better, own.eval_strategy, own.eval_steps)
-        ]
-        settings["dropout"] = model_args.dropout()
-        settings["low_precision_layernorm"] = model_args.low_precision_layernorm
-        settings["tokenizer_name"] = model_args.tokenizer_name
-        settings["new_classifier"] = model_args.new_classifier
-        settings["columns"] = [*task.columns, data.label_column]
-        settings["labels"] = task.labels and list(task.labels)
-        check_settings(finished, name, settings)
-        for seed in seeds:
-            keep = seed == seeds[0] or args.save_all_seeds
-            runs.append(Run(name, seed, folder / name / f"seed-{seed}", start, keep, settings))
-        if name == "mnli":
-            of_mnli.add(first)
-    # Results of tasks that are not asked for now, which results.json has too.
-    check_settings(finished, None, weights)
-    return runs
-
-
-def check_settings(finished: dict[Path, dict], name: str | None, settings: dict):
-    """ValueError: a result of this task, or of any if None, has other settings."""
-    for folder, result in finished.items():
-        for key, value in settings.items():
-            theirs = result["settings"].get(key)
-            if name in (None, result["task"]) and theirs != value:
-                keep = f"give --{key} {theirs}, " if key in SETTINGS else ""
-                raise ValueError(
-                    f"{folder} was made with {key} {theirs}, not {value}: {keep}choose another "
-                    "--output_dir, or forget all that it has with --overwrite true"
-                )
-
-
 def main(argv: list[str]):
-    model_args, data, args = parse(argv)
+    prepare_environment()
+    model_args, data, given = parse(argv)
+    args = FinetuneArguments(**given)
     if not model_args.model:
         raise ValueError("give --model, a folder or a Hub id")
-    if any(word.split("=")[0] == "--seed" for word in argv):
+    if "seed" in given:
         raise ValueError("give --seeds, one or more, in place of --seed")
     names = data.names()
     if args.publish_to and len(names) > 1:
@@ -347,7 +157,7 @@ def main(argv: list[str]):
         config = read_config(model_args.model, model_args.trust_remote_code)
         tokenizer = read_tokenizer(model_args, config)
         loaded = {name: load_task(name, data) for name in names}
-    runs = plan(loaded, finished, config, tokenizer, argv)
+    runs = plan(loaded, finished, config, tokenizer, model_args, data, given)
     folder = Path(args.output_dir)
     record = {"model": model_args.model, "weights": runs[0].settings["weights"]}
     if main_process:
@@ -363,9 +173,8 @@ def main(argv: list[str]):
                 print(f"{run.folder} is finished")
             continue
         task, parts, _ = loaded[run.name]
-        its_own = ["--seed", str(run.seed), "--output_dir", str(run.folder)]
-        # Made when the run begins: it sets the precision of the process.
-        run_args = parse([*task.flags(), *argv, *its_own])[-1]
+        prepare_environment()
+        run_args = FinetuneArguments(**run.values)
         finetune(run, task, parts, tokenizer, model_args, run_args)
         gc.collect()
         torch.cuda.empty_cache()

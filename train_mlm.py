@@ -21,7 +21,12 @@ from transformers import Trainer, set_seed
 from mosaic_tools.callbacks import draw_training
 from mosaic_tools.cards import about_weights, write_card
 from mosaic_tools.checkpoints import change_of_precision, checkpoint_to_resume, saving
-from mosaic_tools.devices import attention_backend, one_gpu_each, use_all_cores
+from mosaic_tools.devices import (
+    attention_backend,
+    one_gpu_each,
+    prepare_environment,
+    use_all_cores,
+)
 from mosaic_tools.encoding import load_rows, size
 from mosaic_tools.family import is_ours
 from mosaic_tools.mlm_trainer import MlmTrainer, build_model
@@ -83,6 +88,7 @@ def eval_results(metrics: dict[str, float], data: DataArguments) -> list[EvalRes
 
 
 def main():
+    prepare_environment()
     model_args, tokenizer_args, data_args, args = parse(sys.argv[1:])
     one_gpu_each(args)
     if data_args.pack and model_args.model_type == "bert":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that finetune.py trains: any checkpoint's encoder under a classifier for the task.
+"""The model that finetune.py trains, any checkpoint's encoder under a classifier for the task, and
+its trainer.
 
 A MosaicBERT runs this folder's code, whatever it brings; other models are transformers' own, or
 need --trust_remote_code.
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, Trainer
 
 from mosaic_tools import family
 from mosaic_tools.glue_tasks import Task
 from mosaic_tools.labelled_data import fingerprint
+from mosaic_tools.publishing import remove_derived
 from mosaic_tools.recipe import option
-from mosaic_tools.tokenization import largest_id, load_tokenizer
+from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
 
 
 @dataclass
@@ -25,7 +27,9 @@ class ClassifierArguments:
 
     _argument_group_name = "model"
 
-    model: str = option("", "Hub id or folder")
+    model: str = option(
+        "", "Hub id or folder", aliases=["--model_name_or_path", "--model-name-or-path"]
+    )
     tokenizer_name: str | None = option(None, "Hub id, folder or vocab.txt; None: the model's")
     new_classifier: bool = option(False, "replace the classifier that the model was trained with")
     hidden_dropout_prob: float | None = option(None, "None: the model's own")
@@ -190,3 +194,30 @@ def max_length_of(config, tokenizer, wanted: int) -> int:
 def has_token_types(config) -> bool:
     """Whether the model tells the texts of a pair apart by them."""
     return getattr(config, "type_vocab_size", 0) > 1
+
+
+class FinetuneTrainer(Trainer):
+    """Trainer that decays all parameters, as published, and saves tokenizers that every supported
+    transformers reads."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Models that take num_items_in_batch ignore it when they classify.
+        self.model_accepts_loss_kwargs = False
+
+    def get_decay_parameter_names(self, model):
+        return [name for name, _ in model.named_parameters()]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            remove_derived(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            config, tokenizer = self.model.config, self.processing_class
+            wanted = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            make_tokenizer_portable(
+                folder,
+                max_length_of(config, tokenizer, wanted),
+                has_token_types(config),
+            )

@@ -86,6 +86,16 @@ def native_bf16(use_cpu: bool) -> tuple[bool, str]:
 # ---- a process ----
 
 
+def prepare_environment():
+    """Sets what accelerate and transformers read of the environment, before arguments are made.
+
+    A launcher's mixed precision would come in where ours is float32, and transformers 4.57 leaves
+    that of a run for the next. A compiled model is one graph for any number of tokens.
+    """
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+
+
 def one_gpu_each(args):
     """ValueError: this process would spread a batch over several GPUs by itself."""
     if args.n_gpu > 1:

@@ -8,19 +8,17 @@ yamls/finetuning/mosaic-bert-base-uncased.yaml, which however cuts at 128 tokens
 out there too.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
+from huggingface_hub import EvalResult
 from scipy.special import log_softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 SEEDS = (19, 8364, 717, 10536, 90166)
-# Of one run, and of all in an output folder.
-RESULT, RESULTS = "result.json", "results.json"
+# Of the Hub.
+GLUE = "nyu-mll/glue"
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class Task:
     from_mnli: bool = False
     validation: dict[str, str] = field(default_factory=lambda: {"": "validation"})
 
-    def flags(self) -> list[str]:
-        """The recipe as flags of finetune.py. Autocast would round values of regression to eight
-        bits, so it is off there."""
+    def recipe(self) -> dict:
+        """Values for FinetuneArguments. Autocast would round values of regression to eight bits, so
+        it is off there."""
         values = {
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
@@ -61,7 +59,7 @@ class Task:
         }
         if self.labels is None:
             values["bf16"] = False
-        return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
+        return values
 
 
 PAIR = ("sentence1", "sentence2")
@@ -171,64 +169,42 @@ def correlation(of, x: np.ndarray, y: np.ndarray) -> float:
     return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(of(x, y).statistic)
 
 
-# ---- results ----
-
-
-def write_json(file: Path, values: dict):
-    """Writes in one step: the file is whole, or as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(file)
-
-
-def read_results(folder: Path) -> dict[Path, dict]:
-    """What finetune.py wrote of its finished runs, by the run's folder."""
-    files = sorted(folder.glob(f"*/seed-*/{RESULT}"))
-    return {file.parent: json.loads(file.read_text()) for file in files}
-
-
-def collect(folder: Path) -> dict[str, dict]:
-    """All results in an output folder by task: `score` and `metrics`, each with mean and spread
-    over seeds, and `runs`."""
-    tasks = {}
-    for result in read_results(folder).values():
-        tasks.setdefault(result["task"], []).append(result)
-    return {
-        name: {
-            "score": summary([run["score"] for run in runs]),
-            "metrics": {
-                metric: summary([run["metrics"][metric] for run in runs])
-                for metric in runs[0]["metrics"]
-            },
-            "runs": runs,
-        }
-        for name, runs in tasks.items()
-    }
-
-
-def summary(values: list[float]) -> dict[str, float | None]:
-    """Mean, sample standard deviation, which a single value does not have, and number of seeds."""
-    spread = stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values), "std": spread, "seeds": len(values)}
-
-
-def table(tasks: dict[str, dict]) -> str:
-    """The model card's table, in per cent: each task's mean score, ± its standard deviation over
-    so many seeds, and the mean of the tasks.
+def eval_results(name: str, task: Task, found: dict[str, float]) -> list[EvalResult]:
+    """The evaluation for the Hub, by its names of metrics, which draws tables of it.
 
     Args:
-        tasks: as `collect` gives them.
+        name: of the task.
+        found: values by the names of `metrics`, each with its split's suffix.
     """
-    columns = {}
-    for name in sorted(tasks, key=[*TASKS, *tasks].index):
-        score = tasks[name]["score"]
-        n = score["seeds"]
-        spread = f" ± {100 * score['std']:.2f} (n = {n})" if n > 1 else ""
-        title = TASKS[name].title if name in TASKS else name
-        columns[title] = f"{100 * score['mean']:.2f}{spread}"
-    if len(tasks) > 1:
-        title = "Average" if set(TASKS) <= set(tasks) else "Average of these"
-        columns[title] = f"{100 * mean(task['score']['mean'] for task in tasks.values()):.2f}"
-    rows = (columns, ["---"] * len(columns), columns.values())
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    is_glue = name in TASKS
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Text classification" if task.labels else "Regression on texts",
+            dataset_type=GLUE if is_glue else "custom",
+            dataset_name=f"GLUE {task.title}" if is_glue else task.title,
+            dataset_config=name if is_glue else None,
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=found[metric + suffix],
+        )
+        for suffix, split in task.validation.items()
+        for metric, (kind, title) in metric_names(task).items()
+    ]
+
+
+def metric_names(task: Task) -> dict[str, tuple[str, str]]:
+    """The Hub's type and a title for each of `metrics` that such a task has."""
+    if not task.labels:
+        return {
+            "pearson": ("pearsonr", "Pearson's correlation"),
+            "spearman": ("spearmanr", "Spearman's correlation"),
+            "loss": ("mse", "Mean squared error"),
+        }
+    return {
+        "accuracy": ("accuracy", "Accuracy"),
+        "f1": ("f1", "F1" if len(task.labels) == 2 else "F1, mean over labels"),
+        "matthews": ("matthews_correlation", "Matthews' correlation"),
+        "loss": ("loss", "Loss"),
+    }

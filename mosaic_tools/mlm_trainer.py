@@ -18,6 +18,7 @@ from mosaic_tools.checkpoints import COMPLETE, Checkpoints, newest_checkpoint, s
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
 from mosaic_tools.masking import EndlessStream, MaskingCollator
+from mosaic_tools.publishing import remove_derived
 from mosaic_tools.recipe import DataArguments, ModelArguments
 from mosaic_tools.tokenization import has_vocabulary_of, largest_id, make_tokenizer_portable
 
@@ -212,7 +213,7 @@ class MlmTrainer(Trainer):
         raise FloatingPointError(
             f"stopped in step {step}: {reason}. Its batch {where}; the last complete "
             f"checkpoint: {checkpoint or 'none'}. Try a lower --learning_rate, a longer "
-            "--warmup_share or --max_grad_norm 1"
+            "--warmup_ratio or --max_grad_norm 1"
         )
 
     def _save_checkpoint(self, *args, **kwargs):
@@ -226,9 +227,11 @@ class MlmTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            remove_derived(folder)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
             make_tokenizer_portable(folder, self.model.config.max_position_embeddings)
 
 

@@ -15,6 +15,14 @@ from huggingface_hub.utils import validate_repo_id
 from mosaic_tools.files import inside, listed_shards, read_json
 
 POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+# ONNX, where optimum, sentence-transformers and transformers.js look for it, with its data.
+EXPORTS = (
+    *("*.onnx", "*.onnx_data*", "*.onnx.data"),
+    *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.onnx.data", "onnx/*config.json"),
+    *("openvino/*.xml", "openvino/*config.json"),
+)
+# Which transformers puts on a model that has them beside it.
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 # What is uploaded of a model's folder, and nothing else: a training folder also holds states, logs
 # and pickles.
 UPLOADED = (
@@ -24,15 +32,11 @@ UPLOADED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spm.model", "spiece.model"),
     *("sentencepiece.bpe.model", "chat_template.jinja"),
-    # Adapters, which transformers puts on a model that has them beside it.
-    *("adapter_config.json", "adapter_model.safetensors"),
+    *ADAPTERS,
     # sentence-transformers.
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     "router_config.json",
-    # ONNX, where optimum, sentence-transformers and transformers.js look for it, with its data.
-    *("*.onnx", "*.onnx_data*", "*.onnx.data"),
-    *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.onnx.data", "onnx/*config.json"),
-    *("openvino/*.xml", "openvino/*config.json"),
+    *EXPORTS,
 )
 # And of the folder of a sentence-transformers module.
 OF_MODULES = ("*_config.json", "idf.json", "*.safetensors")
@@ -65,6 +69,15 @@ def write_pooling(folder: str | Path, dim: int, max_length: int):
         file = Path(folder, name)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def remove_derived(folder: str | Path):
+    """Deletes what was made of weights that are about to be replaced, and would be loaded instead
+    of the new ones, or with them: exports, adapters, the list of sentence-transformers' modules."""
+    derived = (*EXPORTS, "openvino/openvino_*", *ADAPTERS, *POOLING_FILES, "router_config.json")
+    for pattern in (*derived, "config_sentence_transformers.json"):
+        for file in Path(folder).glob(pattern):
+            file.unlink()
 
 
 # ---- the Hub ----

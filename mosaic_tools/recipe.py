@@ -5,11 +5,11 @@ Defaults are MosaicBERT's recipe at sequence length 128. train_mlm.py and prepar
 same recipes and flags; transformers' TrainingArguments are flags too.
 """
 
+import argparse
 import difflib
 import importlib.util
 import itertools
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -25,8 +25,8 @@ from mosaic_tools.devices import native_bf16
 from mosaic_tools.publishing import check_repo_id
 
 
-def option(default, help):
-    return HfArg(default=default, help=help)
+def option(default, help, aliases=()):
+    return HfArg(default=default, help=help, aliases=list(aliases))
 
 
 @dataclass
@@ -35,7 +35,9 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = option(None, "checkpoint to continue from")
+    model_name_or_path: str | None = option(
+        None, "checkpoint to continue from", aliases=["--model"]
+    )
     new_head: bool = option(False, "of a checkpoint that has no MLM head: train a new one")
     model_type: Literal["mosaic_bert", "bert"] = option(
         "mosaic_bert", "bert: transformers' own, to compare with"
@@ -173,7 +175,11 @@ class RecipeArguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
     learning_rate: float = option(5e-4, "at its peak")
     lr_end: float = option(0.0, "at the end, as a share of the peak; 0.02 in the published YAML")
-    warmup_share: float = option(0.06, "of all steps, unless warmup_steps is above 0")
+    warmup_ratio: float = option(
+        0.06,
+        "share of all steps, unless warmup_steps is above 0",
+        aliases=["--warmup_share", "--warmup-share"],
+    )
     decoupled_weight_decay: float = option(
         1e-5, "at the peak learning rate a step multiplies each weight by 1 minus this"
     )
@@ -199,8 +205,8 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        if getattr(self, "warmup_ratio", None):
-            raise ValueError(f"give --warmup_share {self.warmup_ratio} instead of --warmup_ratio")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is a share between 0 and 1, got {self.warmup_ratio:g}")
         if self.save_total_limit == 1:
             raise ValueError(
                 "save_total_limit must be at least 2: with 1 the only complete checkpoint is gone "
@@ -208,6 +214,8 @@ class RecipeArguments(TrainingArguments):
             )
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)
+        elif self.private or self.revision:
+            raise ValueError("--private and --revision need --push_to_hub")
         about_weights(self.license, self.language)
         # Trainer would say so only after the data is prepared.
         writers = ("tensorboard", "tensorboardX")
@@ -216,8 +224,6 @@ class RecipeArguments(TrainingArguments):
         # Trainer's own would upload every checkpoint, optimizer states and arguments.
         self.publish_to, self.push_to_hub = self.push_to_hub, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # A launcher's would come in where ours is float32; 4.57 leaves a run's for the next.
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
         self.why_bf16, chosen = "as set", self.bf16 is None and not self.fp16
         if chosen:
             self.bf16, self.why_bf16 = native_bf16(self.use_cpu)
@@ -234,9 +240,10 @@ class RecipeArguments(TrainingArguments):
             "dispatch_batches": False,
             "non_blocking": True,
         }
-        # accelerate reads it: one graph for any number of tokens.
-        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+        # transformers 5.0 would put it in place of warmup_steps; get_warmup_steps has it here.
+        ratio, self.warmup_ratio = self.warmup_ratio, getattr(TrainingArguments, "warmup_ratio", 0)
         super().__post_init__()
+        self.warmup_ratio = ratio
         if chosen and self.world_size > 1:
             self.check_agreement()
         if self.global_batch_size is not None:
@@ -263,7 +270,7 @@ class RecipeArguments(TrainingArguments):
 
     def share_of_warmup(self) -> float:
         """The share of all steps; a warmup_steps below 1 is one too, as in transformers 5."""
-        return self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_share
+        return self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_ratio
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
@@ -316,9 +323,32 @@ def parse(argv: list[str]):
     """The groups of arguments, from `[recipe.yaml] [--flag value ...]`; flags come last and win."""
     groups = (ModelArguments, TokenizerArguments, DataArguments, PretrainingArguments)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        known = {field.name for group in groups for field in fields(group)}
+        known = {
+            name.removeprefix("--")
+            for group in groups
+            for field in fields(group)
+            for name in (field.name, *field.metadata.get("aliases", ()))
+        }
         argv = recipe_flags(argv[0], known) + argv[1:]
-    return HfArgumentParser(groups).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    given = given_flags(groups, argv)
+    return tuple(group(**values) for group, values in zip(groups, given, strict=True))
+
+
+def given_flags(groups: tuple[type, ...], argv: list[str]) -> list[dict]:
+    """For each group of arguments the values that are given, by its fields' names.
+
+    Raises:
+        ValueError: a word is of no group.
+    """
+    names = [[field.name for field in fields(group) if field.init] for group in groups]
+    left_out = object()
+    # argparse puts no default where there is a value already.
+    found = argparse.Namespace(**dict.fromkeys(itertools.chain(*names), left_out))
+    _, unknown = HfArgumentParser(groups).parse_known_args(argv, found)
+    if unknown:
+        raise ValueError(f"not used by this command: {' '.join(unknown)}; --help lists what is")
+    values = vars(found)
+    return [{x: values[x] for x in of_group if values[x] is not left_out} for of_group in names]
 
 
 def recipe_flags(path: str, known: set[str]) -> list[str]:

@@ -21,7 +21,7 @@ from training import ACCELERATE, ROOT, flags, read_json, run
 
 import convert_weights
 import finetune
-from mosaic_tools import glue_tasks, labelled_data
+from mosaic_tools import classifiers, glue_tasks, labelled_data, recipe, runs
 from mosaic_tools.devices import native_bf16
 from mosaic_tools.glue_tasks import TASKS
 from mosaic_tools.tokenization import SPECIAL_TOKENS, load_tokenizer
@@ -211,8 +211,8 @@ def test_a_published_checkpoint_is_trained_as_it_is_by_this_folders_code(name, v
 def built(model: Path, first: Path | None = None, **values):
     """The classifier of old and other readers that a run of `model` starts from."""
     task = glue_tasks.Task("own", ("text",), ("old", "other"))
-    args = finetune.ClassifierArguments(model=str(model), **values)
-    return finetune.build_classifier(args, str(first or model), task, load_tokenizer(model), 32)
+    args = classifiers.ClassifierArguments(model=str(model), **values)
+    return classifiers.build_classifier(args, str(first or model), task, load_tokenizer(model), 32)
 
 
 def test_a_pretrained_layer_outside_the_encoder_is_kept(modern, tmp_path):
@@ -282,7 +282,9 @@ def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
 
 
 def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch, capsys):
-    """bf16 would round values to eight bits; transformers 4.57 leaves a run's precision behind."""
+    """bf16 would round values to eight bits; transformers 4.57 leaves a run's precision behind, and
+    a launcher may have set another."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     precisions, train = [], finetune.FinetuneTrainer.train
 
     def watched(self):
@@ -448,13 +450,13 @@ def test_resumed_runs_start_from_the_mnli_model_that_the_first_started_from(glue
         command = [*glue.command[: glue.command.index("--seeds")], "--seeds", *seeds]
         args = labelled_data.LabelledDataArguments(task=list(tasks), data_dir=glue.command[3])
         loaded = {name: labelled_data.load_task(name, args) for name in args.names()}
-        config = finetune.read_config(glue.command[1])
+        config = classifiers.read_config(glue.command[1])
         tokenizer = load_tokenizer(glue.command[1])
-        runs = finetune.plan(
-            loaded, dict(finished), config, tokenizer, [*command, "--task", *tasks]
+        planned = runs.plan(
+            loaded, dict(finished), config, tokenizer, *finetune.parse([*command, "--task", *tasks])
         )
-        rte = {run.settings["start"] for run in runs if run.name == "rte"}
-        mnli = next((run for run in runs if run.name == "mnli"), None)
+        rte = {run.settings["start"] for run in planned if run.name == "rte"}
+        mnli = next((run for run in planned if run.name == "mnli"), None)
         return rte, mnli and mnli.settings
 
     rte, settings = starts("2", "1")
@@ -468,6 +470,48 @@ def test_resumed_runs_start_from_the_mnli_model_that_the_first_started_from(glue
     found[glue.out / "mnli" / "seed-2"]["kept"] = False
     assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
     assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-1"}
+
+
+def test_flags_are_parsed_once_whatever_the_number_of_runs(glue, monkeypatch):
+    parsed, parse = [], recipe.HfArgumentParser.parse_known_args
+
+    def counted(self, argv, *rest):
+        parsed.append(argv)
+        return parse(self, argv, *rest)
+
+    monkeypatch.setattr(recipe.HfArgumentParser, "parse_known_args", counted)
+    finetune.main(glue.command)
+    assert parsed == [glue.command]
+
+
+def test_a_tasks_own_values_stand_where_none_are_given(glue):
+    """A given value stands although it is the default: 5e-4 is RecipeArguments' own."""
+    args = labelled_data.LabelledDataArguments(task=["cola"], data_dir=glue.command[3])
+    loaded = {"cola": labelled_data.load_task("cola", args)}
+    config = classifiers.read_config(glue.command[1])
+    command = ["--model", glue.command[1], *flags(output_dir="out", task="cola", seeds=3)]
+    found = []
+    for given in ([], ["--learning_rate", "5e-4"], ["--num_train_epochs", "2"]):
+        parsed = finetune.parse([*command, *given])
+        (run,) = runs.plan(loaded, {}, config, load_tokenizer(glue.command[1]), *parsed)
+        args = runs.FinetuneArguments(**run.values)
+        assert (args.seed, args.output_dir) == (3, str(Path("out", "cola", "seed-3")))
+        assert args.learning_rate == run.settings["learning_rate"]
+        found.append((args.learning_rate, args.num_train_epochs, args.rows_per_step()))
+    assert found == [(5e-5, 10, 32), (5e-4, 10, 32), (5e-5, 2, 32)]
+
+
+def test_a_result_from_before_warm_up_was_renamed_is_still_one(glue, tmp_path):
+    out = shutil.copytree(glue.out, tmp_path / "out")
+    for file in out.glob("*/seed-*/result.json"):
+        result = read_json(file)
+        result["settings"]["warmup_share"] = result["settings"].pop("warmup_ratio")
+        file.write_text(json.dumps(result))
+    before = {x: x.stat().st_mtime_ns for x in out.glob("*/seed-*/result.json")}
+    finetune.main([*glue.command, "--output_dir", str(out)])
+    assert {x: x.stat().st_mtime_ns for x in before} == before
+    with pytest.raises(ValueError, match="made with warmup_ratio 0.06, not 0.1: give --warmup_ra"):
+        finetune.main([*glue.command, "--output_dir", str(out), "--warmup_share", "0.1"])
 
 
 def test_results_of_an_earlier_version_are_refused_by_name(glue, tmp_path):
@@ -485,7 +529,7 @@ def test_a_result_of_another_precision_is_refused_with_the_flag_that_keeps_it():
     finished = {Path("out/cola/seed-1"): {"task": "cola", "settings": {"bf16": True}}}
     message = "seed-1 was made with bf16 True, not False: give --bf16 True, choose another"
     with pytest.raises(ValueError, match=message):
-        finetune.check_settings(finished, "cola", {"bf16": False})
+        runs.check_settings(finished, "cola", {"bf16": False})
 
 
 def test_the_best_epochs_model_is_not_taken_for_the_last_ones(stock, tmp_path):
@@ -562,17 +606,17 @@ def test_outputs_that_are_not_finite_are_no_result():
 
 
 def test_the_table_has_the_model_cards_columns():
-    scores = {name: {"score": glue_tasks.summary([0.5, 0.6])} for name in reversed(TASKS)}
-    head, _, row = glue_tasks.table(scores).splitlines()
+    scores = {name: {"score": runs.summary([0.5, 0.6])} for name in reversed(TASKS)}
+    head, _, row = runs.table(scores).splitlines()
     assert head == ("| MNLI-(m/mm) | QQP | QNLI | SST-2 | CoLA | STS-B | MRPC | RTE | Average |")
     assert row == "|" + " 55.00 ± 7.07 (n = 2) |" * 8 + " 55.00 |"
-    assert glue_tasks.table({"rte": {"score": glue_tasks.summary([0.5])}}).endswith("| 50.00 |")
+    assert runs.table({"rte": {"score": runs.summary([0.5])}}).endswith("| 50.00 |")
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_recipe_decays_by_as_much_at_its_peak_as_published(name):
     task = TASKS[name]
-    args = finetune.parse(["--task", name, *task.flags()])[-1]
+    args = runs.FinetuneArguments(**task.recipe())
     assert args.weight_decay * args.learning_rate == pytest.approx(task.decay)
     assert args.rows_per_step() == task.batch and args.num_train_epochs == task.epochs
     assert args.get_warmup_steps(100) == 6
@@ -826,9 +870,15 @@ def test_overwriting_forgets_nothing_before_the_input_is_checked(glue):
 def test_overwriting_forgets_what_was_there(stock, tmp_path):
     command = flags(model=stock, max_steps=1, cpu_threads=1, **write_own(tmp_path, by_age()))
     finetune.main([*command, "--seeds", "1"])
+    export = tmp_path / "out" / "own" / "seed-2" / "onnx" / "model.onnx"
+    export.parent.mkdir(parents=True)
+    export.write_text("of former weights")
     finetune.main([*command, "--seeds", "2", "--learning_rate", "1e-3", "--overwrite"])
-    runs = read_json(tmp_path, "out", "results.json")["tasks"]["own"]["runs"]
-    assert [run["seed"] for run in runs] == [2]
+    found = read_json(tmp_path, "out", "results.json")["tasks"]["own"]["runs"]
+    assert [run["seed"] for run in found] == [2]
+    # It would be uploaded beside the new ones.
+    assert (tmp_path / "out" / "own" / "seed-2" / "model.safetensors").exists()
+    assert not export.exists()
 
 
 def test_an_output_folder_with_other_files_is_refused_and_kept(golden, tmp_path):

@@ -9,7 +9,10 @@ import transformers
 import yaml
 from training import ROOT, flags
 
-from mosaic_tools import devices, recipe
+import convert_weights
+import finetune
+import train_mlm
+from mosaic_tools import devices, recipe, runs
 
 
 def parse(*words, **values):
@@ -32,7 +35,70 @@ def test_warm_up_is_a_number_of_steps_or_a_share():
     assert args.get_warmup_steps(1000) == 7
     args.warmup_steps = 0.2
     assert args.get_warmup_steps(1000) == 200
-    assert parse(warmup_share=0)[-1].get_warmup_steps(1000) == 0
+    assert parse(warmup_ratio=0)[-1].get_warmup_steps(1000) == 0
+
+
+@pytest.mark.parametrize("name", ["warmup_ratio", "warmup_share", "warmup-share"])
+def test_the_share_of_warm_up_has_the_fields_name_and_its_former_one(name):
+    """transformers 5.0 would put warmup_ratio in place of warmup_steps, and 5.23 has none."""
+    args = parse(**{name: 0.2})[-1]
+    assert args.warmup_ratio == args.share_of_warmup() == 0.2 and args.warmup_steps == 0
+    assert args.get_warmup_steps(1000) == 200
+    args = parse(**{name: 0.2}, warmup_steps=7)[-1]
+    assert (args.warmup_ratio, args.warmup_steps, args.get_warmup_steps(1000)) == (0.2, 7, 7)
+    with pytest.raises(ValueError, match="warmup_ratio is a share between 0 and 1, got 6"):
+        parse(**{name: 6})
+
+
+def test_former_names_are_keys_of_recipes_too(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("warmup_share: 0.2\nmodel: runs/mine\nprivate: false\n")
+    model, *_, args = parse(str(tmp_path / "recipe.yaml"))
+    assert model.model_name_or_path == "runs/mine" and args.get_warmup_steps(10) == 2
+
+
+def as_by_train_mlm(argv):
+    model, *_, args = recipe.parse(argv)
+    return model.model_name_or_path, args.private
+
+
+def as_by_finetune(argv):
+    model, _, given = finetune.parse(["--task", "cola", *argv])
+    return model.model, runs.FinetuneArguments(**given).private
+
+
+def as_by_convert_weights(argv):
+    args = convert_weights.parse_args([*argv[2:], "a/model", "out"])
+    return args.source, args.private
+
+
+COMMANDS = [as_by_train_mlm, as_by_finetune, as_by_convert_weights]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("words", "private"),
+    [
+        ([], False),
+        (["--private"], True),
+        (["--private", "true"], True),
+        (["--private", "True"], True),
+        (["--private=true"], True),
+        (["--private", "false"], False),
+    ],
+    ids=["none", "alone", "true", "True", "=true", "false"],
+)
+def test_every_command_takes_private_alone_or_with_a_value(command, words, private):
+    to_hub = ["--push_to_hub", "org/name"]
+    for name in ("--model", "--model_name_or_path", "--model-name-or-path"):
+        # The converter's SOURCE follows, and is no value of the flag's.
+        assert command([name, "a/model", *to_hub, *words]) == ("a/model", private)
+
+
+@pytest.mark.parametrize("words", [["--private"], ["--revision", "v2"]], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda f: f.__name__)
+def test_no_command_takes_what_an_upload_needs_without_one(command, words):
+    with pytest.raises((ValueError, SystemExit)):
+        command(["--model", "a/model", *words])
 
 
 def test_an_unknown_recipe_key_is_refused_with_the_nearest_one(tmp_path):
@@ -226,9 +292,31 @@ def test_other_accelerators_have_bf16_where_transformers_says_so(monkeypatch, na
     assert devices.native_bf16(use_cpu=False) == (native, why)
 
 
+@pytest.mark.parametrize("command", [train_mlm, finetune], ids=lambda x: x.__name__)
+def test_the_environment_is_set_by_the_command_before_its_arguments_are_made(command, monkeypatch):
+    """It was set by parsing."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_USE_DYNAMIC", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    parse(bf16=False)
+    assert "ACCELERATE_DYNAMO_USE_DYNAMIC" not in os.environ
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
+    seen = {}
+
+    def stop(argv):
+        seen.update(os.environ)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "parse", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(*([[]] if command is finetune else []))
+    assert seen["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert seen["ACCELERATE_DYNAMO_USE_DYNAMIC"] == "true"
+
+
 def test_a_launchers_precision_does_not_come_in_for_float32(monkeypatch):
     """It did, while the run said that it computed in float32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    devices.prepare_environment()
     args = parse(bf16=False)[-1]
     assert getattr(args, "mixed_precision", "no") == "no"
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"

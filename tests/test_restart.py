@@ -16,6 +16,7 @@ from training import ACCELERATE, DOCUMENTS, ROOT, SIZES, command_of, flags, read
 import train_mlm
 from mosaic_tools import mlm_trainer
 from mosaic_tools.checkpoints import newest_checkpoint
+from mosaic_tools.publishing import files_to_upload
 
 STEPS = 30
 # Epochs of four steps, dropout, two micro-batches a step, a checkpoint every three steps.
@@ -262,6 +263,21 @@ def test_a_finished_folder_is_uploaded_once_and_whole(train, monkeypatch, capsys
     train(push_to_hub="org/name", private=True, revision="v2")
     assert uploads == [("out", "org/name", True, "v2")]
     assert "https://huggingface.co/org/name/commit/1" in capsys.readouterr().out
+
+
+def test_an_overwritten_folder_keeps_nothing_made_of_the_former_weights(train, tmp_path):
+    """They would be uploaded beside the new weights."""
+    former = ("onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.xml")
+    former += ("openvino/openvino_model.bin", "adapter_config.json", "adapter_model.safetensors")
+    former += ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
+    kept = ("notes.txt", "onnx/notes.txt", "openvino/notes.bin")
+    for name in (*former, *kept):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("former")
+    train(overwrite=True)
+    assert [x for x in former if (tmp_path / "out" / x).exists()] == []
+    assert all((tmp_path / "out" / x).exists() for x in kept)
+    assert "model.safetensors" in files_to_upload(tmp_path / "out")
 
 
 def test_a_bad_name_to_upload_to_is_refused_before_training(train):
