@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md says only what is so: its example runs, its commands parse, its files are there."""
+"""README and docs say only what is so: their examples run, the files they name are there, and the
+file map has every file. Commands and links are in test_documented_commands.py."""
 
 import re
 
@@ -10,28 +11,75 @@ import convert_weights
 from mosaic_tools.tokenization import SPECIAL_TOKENS
 
 README = (ROOT / "README.md").read_text()
+FILE_MAP = re.search(r"## File map\n[^`]*```\n(.*?)```", README, re.S).group(1)
+# CHANGELOG.md may name what is gone.
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 
 
-def test_the_example_runs_as_it_stands(tmp_path):
-    vocab, folder = tmp_path / "vocab.txt", tmp_path / "model"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny converted folder with a tokenizer."""
+    vocab = tmp_path_factory.mktemp("readme") / "vocab.txt"
+    folder = vocab.parent / "model"
     vocab.write_text("\n".join([*SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
     arguments = (GOLDENS / "mosaic_tiny", folder, "--tokenizer", vocab)
     convert_weights.main([str(x) for x in arguments])
-    example = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+    return folder
+
+
+def examples(page, folder):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    return [x.replace("runs/demo", str(folder)) for x in blocks]
+
+
+def test_the_example_runs_as_it_stands(folder):
+    example = examples("README.md", folder)[0]
     assert len(example.strip().splitlines()) <= 9
-    guesses = run_python(example.replace("runs/demo", str(folder)))
+    guesses = run_python(example)
     assert len(guesses.splitlines()) == 5
+
+
+def test_the_examples_of_using_the_model_run_one_after_the_other(folder):
+    results = """
+from math import isfinite
+batch, seqlen = inputs["input_ids"].shape
+assert embeddings.shape == (batch, encoder.config.hidden_size)
+assert attentions[0].shape == (batch, model.config.num_attention_heads, seqlen, seqlen)
+assert isfinite(loss.item()) and logits.shape == (batch, seqlen, model.config.vocab_size)
+# What is packed is what is padded.
+whole = encoder(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+torch.testing.assert_close(hidden[0], whole)
+"""
+    run_python("\n".join([*examples("docs/using.md", folder), results]))
+
+
+def test_readme_is_a_page():
+    text = re.sub(r"^---\n.*?\n---\n", "", README, flags=re.S)
+    assert len(re.sub(r"```.*?```", "", text, flags=re.S).split()) <= 1000
 
 
 # llama.cpp's, DNABERT-2's and transformers'.
 OF_OTHERS = {"convert_hf_to_gguf.py", "finetune/train.py", "run_glue.py", "run_mlm.py"}
 
 
-@pytest.mark.parametrize(
-    "file", sorted(set(re.findall(r"\b[\w/-]+\.(?:py|yaml)\b", README)) - OF_OTHERS)
-)
-def test_every_file_it_names_exists(file):
-    assert (ROOT / file).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda x: x.relative_to(ROOT).as_posix())
+def test_every_file_it_names_exists(page):
+    text = page.read_text().replace(FILE_MAP, "")
+    named = set(re.findall(r"(?<![\w./-])\.?[\w/-]+\.(?:py|yaml)\b", text)) - OF_OTHERS
+    assert not {x for x in named if not (ROOT / x).exists()}
+
+
+def test_the_file_map_has_every_file():
+    (tools,) = [room for room in FILE_MAP.split("\n\n") if room.startswith("mosaic_tools/")]
+    modules = {x.name for x in ROOT.glob("mosaic_tools/*.py")} - {"__init__.py"}
+    assert modules == set(re.findall(r"^  ([\w.]+)  ", tools, re.M))
+    at_the_root = set(re.findall(r"^ *([\w./-]+)(?:,|  )", FILE_MAP.replace(tools, ""), re.M))
+    assert {x.name for x in ROOT.glob("*.py")} <= at_the_root
+    assert {x.name for x in ROOT.glob("*.md")} - {"README.md"} <= at_the_root
+    assert not {x for x in at_the_root if not (ROOT / x).exists()}
 
 
 def test_every_make_target_it_names_exists():

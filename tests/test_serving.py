@@ -178,10 +178,10 @@ def test_every_head_exports_with_dynamic_batch_and_length(auto_class, tmp_path):
             assert_near(torch.from_numpy(z), x)
 
 
-def test_the_readmes_export_runs_as_it_stands_and_is_what_others_read(tmp_path):
+def test_the_documented_export_runs_as_it_stands_and_is_what_others_read(tmp_path):
     """transformers.js and fastembed could not: the output was called where_4, in two files."""
-    readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n([^`]*torch.onnx.export.*?)```", readme, re.S)
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*torch.onnx.export.*?)```", page, re.S)
     model = small_model("AutoModel")
     model.save_pretrained(tmp_path)
     run_python(example.replace("runs/demo", str(tmp_path)))
