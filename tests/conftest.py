@@ -35,6 +35,10 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 
 import pytest  # noqa: E402
+
+# Helpers with assertions of their own.
+pytest.register_assert_rewrite("finetuning", "training")
+
 from safetensors.torch import load_file  # noqa: E402
 
 # Where each attention backend runs. On a CPU, triton is its interpreter, which a machine with a GPU

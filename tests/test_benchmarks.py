@@ -205,6 +205,14 @@ def failing(error):
     raise error
 
 
+def test_these_failures_skip_a_setting():
+    """Were one left out, what it skips would end a benchmark."""
+    expected = {"AssertionError", "ImportError", "RuntimeError", "ValueError"}
+    expected |= {"FailOnRecompileLimitHit", "TritonError"}
+    # Without Triton its error is RuntimeError.
+    assert {x.__name__ for x in compare.FAILURES} | {"TritonError"} == expected
+
+
 @pytest.mark.parametrize("failure", compare.FAILURES)
 def test_what_a_setting_cannot_do_is_skipped(failure):
     error = failure.__new__(failure)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import GOLDENS, MODEL_FILES, ROOT, load_golden, run_python
 from safetensors.torch import load_file, save_file
+from training import write_vocab
 
 import convert_weights
 from mosaic_tools import layouts
@@ -96,11 +97,7 @@ def load(auto_class, folder):
 
 @pytest.fixture
 def vocab(tmp_path):
-    file = tmp_path / "vocab" / "vocab.txt"
-    file.parent.mkdir()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    file.write_text("\n".join([*specials, "a", "sentence", ".", *(f"w{i}" for i in range(8, 320))]))
-    return file
+    return write_vocab(tmp_path / "vocab" / "vocab.txt", "a", "sentence", ".", entries=320)
 
 
 # ---- what goes in comes out ----
@@ -372,6 +369,12 @@ def test_dnabert_s_has_no_prefix_and_no_head(tmp_path):
     assert torch.equal(
         load("AutoModel", tmp_path / "out").pooler.dense.bias, bare["pooler.dense.bias"]
     )
+
+
+def test_there_are_as_many_layouts_as_are_documented():
+    assert list(layouts.LAYOUTS) == [
+        *("MosaicBERT", "encoder only", "Composer", "Jina", "Jina, encoder only"),
+    ]
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
@@ -785,9 +788,14 @@ def test_nothing_is_overwritten_unless_asked_for(tmp_path):
 def test_overwriting_leaves_nothing_of_a_former_model(tmp_path, vocab):
     """Its tokenizer would be loaded beside the new weights."""
     run(GOLDENS / "mosaic_tiny", tmp_path / "out", "--tokenizer", vocab)
-    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"old")
+    former = ("pytorch_model.bin", "onnx/model.onnx", "onnx/model.onnx_data", "model.onnx")
+    former += ("openvino/openvino_model.xml", "openvino/openvino_model.bin")
+    former += ("adapter_config.json", "modules.json", "router_config.json")
+    for name in former:
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"old")
     run(GOLDENS / "dnabert2_tiny", tmp_path / "out", "--overwrite")
-    files = {x.name for x in (tmp_path / "out").iterdir()}
+    files = {x.name for x in (tmp_path / "out").rglob("*") if x.is_file()}
     assert files == {"model.safetensors", "config.json", "README.md", *MODEL_FILES}
 
 

@@ -13,6 +13,7 @@ import transformers
 from conftest import MODEL_FILES, ROOT, load_golden, published_folder, run_python
 from models import make, make_batch, make_labels
 from safetensors.torch import save_file
+from training import write_vocab
 
 from mosaic_bert import bert_layers, configuration_bert
 from mosaic_bert.configuration_bert import MosaicBertConfig
@@ -224,9 +225,7 @@ def test_loads_by_id_where_triton_and_einops_are_missing(kind, mosaic, ours, tmp
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A WordPiece tokenizer whose 320 entries are specials and the words w5 .. w319."""
-    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    file.write_text("\n".join(specials + [f"w{i}" for i in range(5, 320)]))
+    file = write_vocab(tmp_path_factory.mktemp("vocab") / "vocab.txt", entries=320)
     return transformers.BertTokenizerFast(str(file))
 
 

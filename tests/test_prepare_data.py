@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from training import DOCUMENTS, trained_tokenizer
+from training import DOCUMENTS, trained_tokenizer, write_vocab
 from transformers import PreTrainedTokenizerFast
 
 import prepare_data
@@ -96,9 +96,7 @@ def test_a_new_tokenizer_is_berts_kind():
 
 
 def test_berts_vocabulary_file_is_a_tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join([*tokenization.SPECIAL_TOKENS, "the", "man", "##s"])
-    )
+    write_vocab(tmp_path / "vocab.txt", "the", "man", "##s")
     tokenizer = tokenization.existing_tokenizer(str(tmp_path / "vocab.txt"), lowercase=True)
     assert tokenizer("The mans")["input_ids"] == [2, 5, 6, 7, 3]
 

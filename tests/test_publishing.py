@@ -8,18 +8,20 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from conftest import GOLDENS, MODEL_FILES, run_python
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.models import Dense, Normalize, Router
+from training import write_vocab
 
 import convert_weights
-from mosaic_tools import cards, publishing, recipe, tokenization
+from mosaic_tools import cards, publishing, recipe
 
 TOKEN = "hf_" + "secret" * 5
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -28,13 +30,14 @@ FILES_OF_OLD_TOKENIZERS = {"vocab.txt", "special_tokens_map.json"}
 
 
 class Recorder:
-    """In place of HfApi: a Hub that holds `repositories`, name -> private."""
+    """A Hub that holds `repositories`, name -> private, and answers to `api`, which takes what the
+    installed HfApi takes."""
 
     def __init__(self, error=None):
         self.error, self.calls, self.sent, self.repositories = error, [], {}, {}
-
-    def __call__(self):
-        return self
+        self.api = create_autospec(HfApi)
+        for name in ("create_repo", "repo_info", "create_branch", "upload_folder"):
+            getattr(self.api.return_value, name).side_effect = getattr(self, name)
 
     def create_repo(self, repo_id, private=None, exist_ok=False):
         self.calls.append("create_repo")
@@ -63,16 +66,17 @@ class Recorder:
 @pytest.fixture
 def hub(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(publishing, "HfApi", recorder)
+    monkeypatch.setattr(publishing, "HfApi", recorder.api)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return recorder
+    yield recorder
+    # Nothing else was asked of the Hub.
+    asked = {name for name, *_ in recorder.api.return_value.method_calls}
+    assert asked <= {"create_repo", "repo_info", "create_branch", "upload_folder"}
 
 
 @pytest.fixture
 def vocab(tmp_path):
-    file = tmp_path / "vocab.txt"
-    file.write_text("\n".join([*tokenization.SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
-    return file
+    return write_vocab(tmp_path / "vocab.txt", entries=320)
 
 
 def convert(vocab, out, *flags):

@@ -27,6 +27,7 @@ from training import (
     read_log,
     run,
     trained_tokenizer,
+    write_vocab,
 )
 
 import train_mlm
@@ -216,8 +217,7 @@ def test_a_checkpoint_is_continued_from_a_stream(trained, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, tmp_path):
-    words = [*tokenization.SPECIAL_TOKENS, *(f"word{i}" for i in range(200))]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    write_vocab(tmp_path / "vocab.txt", entries=205)
     arguments = flags(
         model_name_or_path=trained.folder,
         tokenizer_name="vocab.txt",
@@ -231,7 +231,7 @@ def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(trained, 
 
 
 def test_a_tokenizer_of_other_entries_is_refused(trained, tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join([*tokenization.SPECIAL_TOKENS, "the", "man"]))
+    write_vocab(tmp_path / "vocab.txt", "the", "man")
     args = ModelArguments(model_name_or_path=str(trained.folder))
     tokenizer = tokenization.existing_tokenizer(str(tmp_path / "vocab.txt"), None)
     with pytest.raises(ValueError, match="other entries than that of .*leave out --tokenizer_name"):

@@ -48,6 +48,15 @@ def run(cwd: Path, *words, fails=False) -> str:
     return output
 
 
+def write_vocab(file: Path, *words: str, entries: int = 0) -> Path:
+    """BERT's vocab.txt: the special tokens, these words, and w5, w6, ... up to so many entries."""
+    tokens = [*tokenization.SPECIAL_TOKENS, *words]
+    tokens += [f"w{i}" for i in range(len(tokens), entries)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(tokens))
+    return file
+
+
 def flags(**values) -> list[str]:
     return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
 
