@@ -17,7 +17,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 SEEDS = (19, 8364, 717, 10536, 90166)
-# Of the Hub.
+# The Hub's data set.
 GLUE = "nyu-mll/glue"
 
 

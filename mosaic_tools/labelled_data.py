@@ -14,7 +14,7 @@ from typing import Literal
 import datasets
 
 from mosaic_tools.corpus import FORMATS, parallel
-from mosaic_tools.glue_tasks import TASKS, Task
+from mosaic_tools.glue_tasks import GLUE, TASKS, Task
 from mosaic_tools.recipe import option
 
 ROW_FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if kind != "text"}
@@ -30,7 +30,7 @@ class LabelledDataArguments:
 
     task: list[str] | None = option(None, f"all, or some of {', '.join(TASKS)}")
     data_dir: str | None = option(
-        None, "folder with TASK/train.jsonl and TASK/dev.jsonl; None: the Hub's nyu-mll/glue"
+        None, "folder with TASK/train.jsonl and TASK/dev.jsonl; None: the Hub's " + GLUE
     )
     train_file: str | None = option(None, ".csv, .json(l) or .parquet, in place of a task")
     validation_file: str | None = option(None, "as train_file")
@@ -97,7 +97,7 @@ def load_task(name: str, args: LabelledDataArguments) -> tuple[Task, dict[str, P
         read = {split: (str(file), read_rows(file)) for split, file in files.items()}
         source = fingerprint(files.values())
     else:
-        source = f"nyu-mll/glue {name}"
+        source = f"{GLUE} {name}"
         found = hub_rows(name)
         read = {x: (f"{source}, {x}", found[x]) for x in ("train", *task.validation.values())}
     if name not in TASKS:
@@ -158,10 +158,10 @@ def own_task(task: Task, where: str, rows, args: LabelledDataArguments) -> Task:
 
 def hub_rows(name: str):
     try:
-        return datasets.load_dataset("nyu-mll/glue", name)
+        return datasets.load_dataset(GLUE, name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"nyu-mll/glue {name} cannot be had from the Hub ({error}): give --data_dir, a folder "
+            f"{GLUE} {name} cannot be had from the Hub ({error}): give --data_dir, a folder "
             f"with {name}/train.jsonl and {name}/dev.jsonl"
         ) from error
 

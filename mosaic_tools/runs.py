@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from mosaic_tools.classifiers import ClassifierArguments, is_trained_on, max_length_of
-from mosaic_tools.glue_tasks import SEEDS, TASKS
+from mosaic_tools.glue_tasks import SEEDS, TASKS, Task
 from mosaic_tools.labelled_data import LabelledDataArguments
 from mosaic_tools.recipe import RecipeArguments, option
 
@@ -113,22 +113,11 @@ def plan(
         if start == model and not model_args.new_classifier:
             is_trained_on(model, config, task)
         values = task.recipe() | given
-        own = FinetuneArguments(**values)
         begins = "model" if start == model else f"mnli/{Path(start).name}"
         settings = weights | {"start": begins, "data": source}
         settings["max_seq_length"] = max_length_of(config, tokenizer, data.max_seq_length)
         settings["train_rows"] = len(parts["train"].rows)
-        settings["rows_per_step"] = own.rows_per_step()
-        settings |= {key: getattr(own, key) for key in SETTINGS}
-        settings["best_of"] = own.load_best_model_at_end and [
-            *(own.metric_for_best_model, own.greater_is_better, own.eval_strategy, own.eval_steps)
-        ]
-        settings["dropout"] = model_args.dropout()
-        settings["low_precision_layernorm"] = model_args.low_precision_layernorm
-        settings["tokenizer_name"] = model_args.tokenizer_name
-        settings["new_classifier"] = model_args.new_classifier
-        settings["columns"] = [*task.columns, data.label_column]
-        settings["labels"] = task.labels and list(task.labels)
+        settings |= settings_of(task, model_args, data, FinetuneArguments(**values))
         check_settings(finished, name, settings)
         for seed in seeds:
             keep = seed == seeds[0] or args.save_all_seeds
@@ -140,6 +129,30 @@ def plan(
     # Results of tasks that are not asked for now, which results.json has too.
     check_settings(finished, None, weights)
     return runs
+
+
+def settings_of(
+    task: Task,
+    model_args: ClassifierArguments,
+    data: LabelledDataArguments,
+    args: FinetuneArguments,
+) -> dict:
+    """What of the arguments a result of the task depends on."""
+    best_of = (
+        *(args.metric_for_best_model, args.greater_is_better),
+        *(args.eval_strategy, args.eval_steps),
+    )
+    return {
+        "rows_per_step": args.rows_per_step(),
+        **{key: getattr(args, key) for key in SETTINGS},
+        "best_of": args.load_best_model_at_end and list(best_of),
+        "dropout": model_args.dropout(),
+        "low_precision_layernorm": model_args.low_precision_layernorm,
+        "tokenizer_name": model_args.tokenizer_name,
+        "new_classifier": model_args.new_classifier,
+        "columns": [*task.columns, data.label_column],
+        "labels": task.labels and list(task.labels),
+    }
 
 
 def check_settings(finished: dict[Path, dict], name: str | None, settings: dict):
