@@ -82,6 +82,16 @@ def test_the_file_map_has_every_file():
     assert not {x for x in at_the_root if not (ROOT / x).exists()}
 
 
+def test_contributing_says_what_proves_a_change_to_each_file():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("which test proves it")[1]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    changed = {file for row in rows for file in re.findall(r"[\w/]+\.py", row[2])}
+    proofs = {file for row in rows for file in re.findall(r"[\w/]+\.py", row[3])}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("mosaic_tools/[!_]*.py")]
+    assert changed >= {x.relative_to(ROOT).as_posix() for x in files}
+    assert proofs and all(x.startswith("tests/test_") for x in proofs)
+
+
 def test_every_make_target_it_names_exists():
     targets = set(re.findall(r"\bmake ([\w-]+)", README))
     assert {"test", "demo"} <= targets
