@@ -6,9 +6,9 @@ import re
 
 import pytest
 from conftest import GOLDENS, ROOT, run_python
+from training import write_vocab
 
 import convert_weights
-from mosaic_tools.tokenization import SPECIAL_TOKENS
 
 README = (ROOT / "README.md").read_text()
 FILE_MAP = re.search(r"## File map\n[^`]*```\n(.*?)```", README, re.S).group(1)
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """A tiny converted folder with a tokenizer."""
     vocab = tmp_path_factory.mktemp("readme") / "vocab.txt"
     folder = vocab.parent / "model"
-    vocab.write_text("\n".join([*SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 320))]))
+    write_vocab(vocab, entries=320)
     arguments = (GOLDENS / "mosaic_tiny", folder, "--tokenizer", vocab)
     convert_weights.main([str(x) for x in arguments])
     return folder

@@ -17,10 +17,10 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
     losses,
 )
+from training import write_vocab
 
 import convert_weights
 from mosaic_tools import layouts
-from mosaic_tools.tokenization import SPECIAL_TOKENS
 
 AUTO_CLASSES = json.loads((ROOT / "config.json").read_text())["auto_map"].keys() - {"AutoConfig"}
 
@@ -50,8 +50,7 @@ def converted(request, tmp_path_factory):
         config = json.loads((GOLDENS / "jina_v2_tiny" / "config.json").read_text())
         config["max_position_embeddings"] = 1024
     (source / "config.json").write_text(json.dumps(config))
-    words = [f"w{i}" for i in range(5, config["vocab_size"])]
-    (source / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *words]))
+    write_vocab(source / "vocab.txt", entries=config["vocab_size"])
     folder = source.parent / "converted"
     convert_weights.main([str(source), str(folder)])
     return folder
