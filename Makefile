@@ -1,5 +1,6 @@
 # make test       creates the environment and runs the tests, without GPU or network
-# make test-slow  compiles every variant of the Triton kernel for four chips
+# make test-slow  compiles every variant of the Triton kernel for four chips, and runs the
+#                 benchmarks at toy size
 # make demo       creates the environment, pre-trains a small model (5 minutes on two cores
 #                 that compute bf16, 8 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -45,12 +46,12 @@ lint: $(VENV)/ready
 
 bench-cpu: export CUDA_VISIBLE_DEVICES =
 bench-cpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(VENV)/ready)
-	$(foreach name,$(or $(ONLY),$(ON_CPU)),$(BENCH_PYTHON) benchmarks/$(name).py &&) \
+	$(foreach name,$(or $(ONLY),$(ON_CPU)),$(BENCH_PYTHON) benchmarks/*/$(name).py &&) \
 	$(BENCH_PYTHON) benchmarks/plot.py
 
 bench-gpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(VENV)/ready)
 	$(BENCH_PYTHON) -c 'import torch; print(torch.cuda.get_device_name())'
-	$(foreach name,$(or $(ONLY),$(ON_GPU)),$(BENCH_PYTHON) benchmarks/$(name).py $(GPU_FLAGS_$(name)) &&) \
+	$(foreach name,$(or $(ONLY),$(ON_GPU)),$(BENCH_PYTHON) benchmarks/*/$(name).py $(GPU_FLAGS_$(name)) &&) \
 	$(BENCH_PYTHON) benchmarks/plot.py
 
 clean:

@@ -37,7 +37,7 @@ SKIP_FROM = 1024
 # (sm, padded head_dim, bytes per element): (BLOCK, STEP, warps, stages) of each kernel. A program
 # owns BLOCK tokens and streams the others, STEP at a time; "block" owns a whole sequence of up to
 # BLOCK tokens. Head dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 and not
-# timed: benchmarks/tune.py does it on a GPU.
+# timed: benchmarks/kernel/tune.py does it on a GPU.
 KERNELS = ("forward", "dq", "dkdv", "block")
 TILES = {
     (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
@@ -143,7 +143,7 @@ def _store(
 @triton.jit
 def _dot(a, b, acc=None):
     """a @ b + acc in fp32. fp32 operands cost three tf32 products and keep their precision."""
-    # Triton 3.2 does not take None for the sum (tests/resources.py on 3.2).
+    # Triton 3.2 does not take None for the sum (benchmarks/kernel/resources.py on 3.2).
     if acc is None:
         product = tl.dot(a, b, input_precision="tf32x3")
     else:

@@ -13,10 +13,13 @@ was drawn and what is missing.
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from records import RESULTS, is_cpu, place
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.records import RESULTS, is_cpu, place
 
 NAMES = {
     "bert": "BERT", "bert-no-dropout": "BERT without attention dropout",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.append(str(ROOT))
 
 
 def environment(*packages: str) -> dict[str, str | list | None]:
@@ -25,18 +24,32 @@ def environment(*packages: str) -> dict[str, str | list | None]:
 
     from mosaic_tools.devices import cpu_instructions
 
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": command(sys.argv),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "cpu_instructions": cpu_instructions(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *packages)},
-        "commit": commit or None,
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def command(argv: list[str]) -> str:
+    """How the script was called, its path from the root, files and folders by their names only."""
+    script = Path(argv[0]).resolve()
+    script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    words = [Path(word).name if Path(word).exists() else word for word in argv[1:]]
+    return shlex.join(["python", script, *words])
+
+
+def commit() -> str | None:
+    """The working tree's commit, or None: a copy has no history, and a machine may have no git."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
 
 
 def is_cpu(record: dict) -> bool:

@@ -103,7 +103,7 @@ def as_ours(values: dict, source: str):
     if found.startswith("mosaic_bert") and found != expected:
         raise ValueError(
             f"{source} has model_type {found!r}, expected {expected!r}: ablations are read by "
-            "python benchmarks/ablations.py NAME SCRIPT, and nothing else is"
+            "python benchmarks/learning/ablations.py NAME SCRIPT, and nothing else is"
         )
     try:
         return type(ours).from_dict(values | {"model_type": expected, "auto_map": ours.auto_map})

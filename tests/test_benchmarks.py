@@ -11,26 +11,21 @@ import torch
 import transformers
 from conftest import ROOT, run_python
 
+from benchmarks import plot
+from benchmarks.learning import learning, pareto
+from benchmarks.records import environment, place, version
+from benchmarks.speed import clocks, compare, encoders, pretraining, profile_step
+from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 from mosaic_tools import devices
 
-sys.path.append(str(ROOT / "benchmarks"))
-import clocks  # noqa: E402
-import compare  # noqa: E402
-import encoders  # noqa: E402
-import learning  # noqa: E402
-import pareto  # noqa: E402
-import plot  # noqa: E402
-import pretraining  # noqa: E402
-import profile_step  # noqa: E402
-from lengths import HALF_PADDING, c4_lengths  # noqa: E402
-from records import environment, place, version  # noqa: E402
-
-# Toy models are to be had in a process of its own, which reads --toy when it begins.
+# Toy models are to be had in a process of their own: Triton reads once whether it interprets.
 TOYS = f"""
 import sys
-sys.argv, sys.path[:0] = ["", "--toy"], [{str(ROOT / "benchmarks")!r}]
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import toy
+toy.choose(["--toy"])
 import torch
-from encoders import *
+from benchmarks.speed.encoders import *
 """
 
 
@@ -310,14 +305,15 @@ else:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, cases",
     [
-        ("pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
-        ("inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
-        ("memory.py --settings mosaic --tasks step --longest 32", 4),
-        ("profile_step.py --steps 1", 12),
-        ("attention.py --providers ours sdpa", 16),
+        ("speed/pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
+        ("speed/inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
+        ("speed/memory.py --settings mosaic --tasks step --longest 32", 4),
+        ("speed/profile_step.py --steps 1", 12),
+        ("kernel/attention.py --providers ours sdpa", 16),
     ],
 )
 def test_a_toy_run_prints_records_and_a_table(command, cases):

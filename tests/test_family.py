@@ -273,7 +273,7 @@ def ablation(tmp_path_factory):
     (cwd / "text.txt").write_text("\n".join(DOCUMENTS))
     values = SIZES | {"train_file": "text.txt", "output_dir": "out", "max_steps": 2}
     values |= {"validation_split": 20, "max_seq_length": 16, "cpu_threads": 1}
-    script = ROOT / "benchmarks" / "ablations.py"
+    script = ROOT / "benchmarks" / "learning" / "ablations.py"
     run(cwd, script, "learned_positions", "train_mlm.py", *flags(**values))
     return cwd / "out"
 
@@ -295,7 +295,7 @@ def test_an_ablation_reads_its_own_folder_and_no_other(ablation, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     values = {"train_file": "text.txt", "max_steps": 1, "learning_rate": 0, "cpu_threads": 1}
     values |= {"validation_split": 20, "max_seq_length": 16, "model_name_or_path": "model"}
-    script = ROOT / "benchmarks" / "ablations.py"
+    script = ROOT / "benchmarks" / "learning" / "ablations.py"
     train = [script, "learned_positions", "train_mlm.py"]
     run(tmp_path, *train, *flags(**values, output_dir="out"))
     before, after = (load_file(x / "model.safetensors") for x in (ablation, tmp_path / "out"))

@@ -608,8 +608,9 @@ flash_attn_varlen_qkvpacked_func(torch.zeros(4, 3, 1, 16), torch.tensor([0, 4]).
 
 @functools.cache
 def resources(*arguments):
-    """What tests/resources.py prints, by the sm, head_dim, bytes, kernel and variant it is for."""
-    run = run_without_interpreter(str(ROOT / "tests" / "resources.py"), *arguments)
+    """What the script prints, by the sm, head_dim, bytes, kernel and variant it is for."""
+    script = ROOT / "benchmarks" / "kernel" / "resources.py"
+    run = run_without_interpreter(str(script), *arguments)
     assert run.returncode == 0, run.stderr[-3000:]
     figures = [json.loads(line) for line in run.stdout.splitlines()]
     return {tuple(figure.values())[:5]: figure for figure in figures}

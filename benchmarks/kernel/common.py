@@ -1,26 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of the kernel share: batches, the correctness gate, empty caches."""
 
+import contextlib
 import os
+import sys
 import tempfile
 
-from clocks import DEVICE, TOY, interleaved
+import torch
+import triton
 
-# What an earlier run compiled would hide the cost of a first call.
-caches = tempfile.TemporaryDirectory()
-os.environ["TRITON_CACHE_DIR"] = f"{caches.name}/triton"
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches.name}/inductor"
+import flash_attn_triton as ours
+from benchmarks.records import ROOT
+from benchmarks.speed.clocks import DEVICE, TOY, interleaved
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from reference import alibi_attention, assert_as_close  # noqa: E402
+sys.path.append(str(ROOT / "tests"))
+from reference import alibi_attention, assert_as_close
 
-import flash_attn_triton as ours  # noqa: E402
-
-if DEVICE == "cpu" and not TOY:
-    raise SystemExit("the kernel needs a CUDA device; --toy proves the script without one")
 if TOY:
     ours.SKIP_FROM = 16
+
+
+def require_device():
+    """SystemExit without a device that the kernels are compiled for, unless this is a toy."""
+    if DEVICE == "cpu" and not TOY:
+        raise SystemExit("the kernel needs a CUDA device; --toy proves the script without one")
+
+
+@contextlib.contextmanager
+def empty_caches():
+    """Compilers begin with nothing: what an earlier run compiled would hide a first call's cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        yield
 
 
 def cu_seqlens_of(lengths):

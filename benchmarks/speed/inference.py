@@ -9,24 +9,32 @@ half padding, or of C4's lengths (lengths.py) up to 256, on a GPU 2048. ONNX Run
 encoder, exported with dynamic batch and length, in float32 on the CPU. Timed in turn, medians with
 20 and 80 % quantiles; on a GPU, of 3 calls without waiting in between.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --settings mosaic onnxruntime --tasks embeddings
-    python benchmarks/inference.py --toy                 # proves the script, on a CPU
+    python benchmarks/speed/inference.py
+    python benchmarks/speed/inference.py --settings mosaic onnxruntime --tasks embeddings
+    python benchmarks/speed/inference.py --toy  # proves the script, on a CPU
 
 Output: one JSON line per setting and rows, appended to --output too, then a table. "ratio" is a
 setting's time over that of our fastest one.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
+
 import torch
-from clocks import DEVICE, TOY, Deadline, record_file
-from compare import sweep
-from encoders import SETTINGS, Encoder, Setting, make_rows, mean
-from lengths import HALF_PADDING, c4_lengths
-from records import print_table, recorder
+
+from benchmarks.records import print_table, recorder
+from benchmarks.speed.clocks import DEVICE, TOY, Deadline, record_file
+from benchmarks.speed.compare import sweep
+from benchmarks.speed.encoders import SETTINGS, Encoder, Setting, make_rows, mean
+from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 
 ON_GPU = ["mosaic", "mosaic-compiled", "bert", "bert-compiled", "modernbert", "modernbert-compiled"]
 ON_CPU = ["mosaic", "bert", "modernbert", "onnxruntime"]

@@ -11,9 +11,9 @@ inference: logits of all tokens, weights in the dtype. Settings are timed in tur
 and 80 % quantiles; on a GPU, of 3 steps without waiting in between. MFU is the FLOP formula of
 callbacks.Throughput over time and the matmul rate measured in the same run.
 
-    python benchmarks/pretraining.py                     # a GPU; or a CPU: 8 x 128, see --help
-    python benchmarks/pretraining.py --seqlens 128 --settings mosaic-compiled bert-compiled
-    python benchmarks/pretraining.py --toy               # proves the script, on a CPU
+    python benchmarks/speed/pretraining.py        # a GPU; or a CPU: 8 x 128, see --help
+    python benchmarks/speed/pretraining.py --seqlens 128 --settings mosaic-compiled bert-compiled
+    python benchmarks/speed/pretraining.py --toy  # proves the script, on a CPU
 
 Output: one JSON line per setting and rows, appended to --output too, then a table. "ratio" is a
 setting's time over that of our fastest one. Hours and dollars are a projection of the recipe's
@@ -21,12 +21,20 @@ setting's time over that of our fastest one. Hours and dollars are a projection 
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-from clocks import DEVICE, TOY, Deadline, record_file
-from compare import sweep
-from encoders import POSITIONS, SETTINGS
-from lengths import HALF_PADDING, c4_lengths
-from records import print_table, recorder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
+
+from benchmarks.records import print_table, recorder
+from benchmarks.speed.clocks import DEVICE, TOY, Deadline, record_file
+from benchmarks.speed.compare import sweep
+from benchmarks.speed.encoders import POSITIONS, SETTINGS
+from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 
 ON_GPU = [
     "mosaic-compiled", "bert", "bert-compiled", "modernbert-compiled", "mosaic", "modernbert",

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from records import ROOT
+
+from benchmarks.records import ROOT
 
 
 def at_a_time() -> int:

@@ -13,7 +13,7 @@ masked tokens.
         --vocab_size 4096 --prepared_data runs/passages-128
     python prepare_data.py --train_file long.txt --validation_file held-out.txt \
         --tokenizer_name runs/passages-128 --max_seq_length 512 --prepared_data runs/passages-512
-    python benchmarks/pareto.py --glue glue \
+    python benchmarks/learning/pareto.py --glue glue \
         --prepared_data runs/passages-128 --prepared_long runs/passages-512
 
 - Passages, since articles cut at 128 tokens would have no padding: 7 % of their places are.
@@ -41,9 +41,9 @@ train_mlm.py's.
 BERT-Base's sizes on a GPU, 10 minutes each and some for GLUE, on the first 17,000 articles (head
 before fold) and 30,522 entries, so that both folders take less than 40 MB:
 
-    python benchmarks/pareto.py --glue glue --models mosaic bert bert_old --minutes 10 --seeds 1 \
-        --prepared_data runs/passages-128 --prepared_long runs/passages-512 --hidden_size 768 \
-        --layers 12 --bert_mlp 4 --rows 256 --finetune '' \
+    python benchmarks/learning/pareto.py --glue glue --models mosaic bert bert_old --minutes 10 \
+        --seeds 1 --prepared_data runs/passages-128 --prepared_long runs/passages-512 \
+        --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' \
         --rates mosaic=5e-4 bert=5e-4 bert_old=1e-4
 
 Adds a record a run to pareto.jsonl, draws pareto.png and prints a table. The last line is JSON: how
@@ -57,14 +57,13 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from ablations import SWAPS, model_module
-from pareto_results import AXES, draw, summary
-from records import RESULTS, ROOT, environment, place, print_table
-from side_by_side import at_a_time, curve, run, words_of
-
-sys.path.append(str(ROOT))
-from mosaic_tools.encoding import load_prepared, save_prepared  # noqa: E402
-from mosaic_tools.recipe import DataArguments  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.learning.ablations import SWAPS, model_module
+from benchmarks.learning.pareto_results import AXES, draw, summary
+from benchmarks.learning.side_by_side import at_a_time, curve, run, words_of
+from benchmarks.records import RESULTS, ROOT, environment, place, print_table
+from mosaic_tools.encoding import load_prepared, save_prepared
+from mosaic_tools.recipe import DataArguments
 
 OLD = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "mlm_probability": 0.15}
 OLD |= {"adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0}

@@ -7,22 +7,31 @@ pretraining.py. torch.profiler adds up the time of kernels on a GPU, of operator
 without the profiler: the GPU waits for launches, or Python runs. Floors are what the part must do
 over the rate that this run reaches, `floors` says how each is counted.
 
-    python benchmarks/profile_step.py                              # 65,536 tokens in rows of 128
-    python benchmarks/profile_step.py --setting bert-compiled --lengths c4 --seqlen 512
-    python benchmarks/profile_step.py --toy                        # proves the script, on a CPU
+    python benchmarks/speed/profile_step.py        # 65,536 tokens in rows of 128
+    python benchmarks/speed/profile_step.py --setting bert-compiled --lengths c4 --seqlen 512
+    python benchmarks/speed/profile_step.py --toy  # proves the script, on a CPU
 
 Output: one JSON line per part, with the names that took most, appended to --output too; a table.
 """
 
 import argparse
+import sys
 from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
 
 import torch
-from clocks import DEVICE, TOY, ceilings, first_call, interleaved, record_file
-from encoders import POSITIONS, SETTINGS, Encoder, make_rows
-from lengths import c4_lengths
-from records import print_table, recorder
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.records import print_table, recorder
+from benchmarks.speed.clocks import DEVICE, TOY, ceilings, first_call, interleaved, record_file
+from benchmarks.speed.encoders import POSITIONS, SETTINGS, Encoder, make_rows
+from benchmarks.speed.lengths import c4_lengths
 
 # The first part one of whose words is in a kernel's or operator's name takes it. Inductor names a
 # fused kernel by the operators in it, so that dropout and residual count where they are fused.

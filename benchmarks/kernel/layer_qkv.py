@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a trained layer's q, k and v for benchmarks/attention.py: how many tiles the kernel can
+"""Saves a trained layer's q, k and v for attention.py: how many tiles the kernel can
 skip depends on their norms, which N(0, 1) does not have.
 
-    python benchmarks/layer_qkv.py runs/demo --text corpus.txt --output layer.pt
+    python benchmarks/kernel/layer_qkv.py runs/demo --text corpus.txt --output layer.pt
 
 Reads the text in rows of --seqlen tokens, without masks, and writes (tokens, 3, heads, head_dim) in
 bfloat16. The last line is JSON: shape, and the largest norms of q and k.
@@ -12,13 +12,13 @@ import argparse
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import torch
-from records import ROOT
 from transformers import AutoModel, AutoTokenizer
 
-sys.path.append(str(ROOT))
-from mosaic_tools.family import check_loaded  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from mosaic_tools.family import check_loaded
 
 
 def main():

@@ -4,25 +4,19 @@
 import gc
 
 import torch
-from clocks import DEVICE, ceilings, first_call, interleaved, peak_bytes
-from encoders import SETTINGS, Encoder, make_rows
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
-try:
-    from triton.errors import TritonError
-except ImportError:
-    TritonError = RuntimeError
+from benchmarks.speed.clocks import (
+    DEVICE,
+    FAILURES,
+    ceilings,
+    first_call,
+    interleaved,
+    peak_bytes,
+    why,
+)  # fmt: skip
+from benchmarks.speed.encoders import SETTINGS, Encoder, make_rows
 
 OURS = ("mosaic", "mosaic-compiled")
-# With which a setting says that it is wrong or not to be had here.
-FAILURES = (
-    AssertionError, ImportError, RuntimeError, ValueError, FailOnRecompileLimitHit, TritonError
-)  # fmt: skip
-
-
-def why(err):
-    """An exception's name and the first line of its message."""
-    return f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
 
 
 def build(names, dtype, task, make=Encoder):

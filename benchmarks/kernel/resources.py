@@ -3,9 +3,9 @@
 
 Compiles every kernel for every row of the table of tile shapes and prints one JSON line each:
 
-    python tests/resources.py                        # all rows, all variants: 256 kernels
-    python tests/resources.py --rows 90-64-2         # sm, padded head_dim, bytes per element
-    python tests/resources.py --variants none alibi
+    python benchmarks/kernel/resources.py                 # all rows, all variants: 256 kernels
+    python benchmarks/kernel/resources.py --rows 90-64-2  # sm, padded head_dim, bytes per element
+    python benchmarks/kernel/resources.py --variants none alibi
 
 "seconds" is what compiling took, about 0 where Triton's cache has the kernel: for the wait at a
 first call, set TRITON_ALWAYS_COMPILE=1. "per_score" has one figure for every loop over tiles.
@@ -26,8 +26,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import flash_attn_triton as attention  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import flash_attn_triton as attention
 
 # Bytes of shared memory that one block may have.
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}

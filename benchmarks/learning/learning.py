@@ -9,7 +9,8 @@ at 15 % masked tokens, of which both are shown the same.
 
     python prepare_data.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
         --vocab_size 4096 --prepared_data runs/wiki-128
-    python benchmarks/learning.py --prepared_data runs/wiki-128 --learning_rates 5e-4 1e-3 2e-3
+    python benchmarks/learning/learning.py --prepared_data runs/wiki-128 \
+        --learning_rates 5e-4 1e-3 2e-3
 
 Adds a record with a curve to learning.jsonl for each model and rate. From all in that file that are
 of this size and processor it draws learning.png and prints a table. The last line is JSON: the
@@ -18,12 +19,15 @@ tokens and seconds that each model, at its best rate, needed to the loss at whic
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from records import RESULTS, environment, place
-from side_by_side import curve, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.learning.side_by_side import curve, train
+from benchmarks.records import RESULTS, environment, place
 
 NAMES = {"mosaic_bert": "MosaicBERT", "bert": "BERT"}
 BATCH = 32

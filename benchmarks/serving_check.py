@@ -6,9 +6,10 @@ and compares mean embeddings of the first lines of a text file, one document a l
 
     pip install llama-cpp-python gguf sentencepiece
     pip download llama-cpp-python --no-binary :all: --no-deps    # holds vendor/llama.cpp
-    python tests/served.py --converter llama.cpp/convert_hf_to_gguf.py --text FILE \\
+    python benchmarks/serving_check.py --converter llama.cpp/convert_hf_to_gguf.py --text FILE \\
         --tokenizer bert-base-uncased                            # MosaicBERT-Base, random weights
-    python tests/served.py --converter llama.cpp/convert_hf_to_gguf.py --text FILE --model FOLDER
+    python benchmarks/serving_check.py --converter llama.cpp/convert_hf_to_gguf.py --text FILE \\
+        --model FOLDER                                           # a converted one
 
 llama.cpp knows tokenizers by a hash of what they do, and refuses those it has not seen. Prints a
 line for each document and ends with one of JSON; fails where a cosine is below 0.9999.

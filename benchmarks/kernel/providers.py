@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import common  # before the kernels: with --toy it chooses the interpreter
 import torch
 import torch.nn.functional as F
-from clocks import DEVICE, TOY
-from common import cu_seqlens_of, ours, slopes_of
-from lengths import c4_lengths
 from torch.nn.attention import flex_attention as flex
+
+from benchmarks.kernel.common import cu_seqlens_of, ours, slopes_of
+from benchmarks.speed.clocks import DEVICE, TOY
+from benchmarks.speed.lengths import c4_lengths
 
 WITHOUT_BIAS = ("ours-no-bias", "varlen_attn")
 DENSE = ("sdpa", "eager")

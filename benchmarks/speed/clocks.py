@@ -1,27 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks measure with: clocks, peak memory, and the ceilings of the device.
 
-With --toy a script proves itself on a CPU: tiny sizes, Triton's interpreter, no records.
+A toy (toy.py) runs on the CPU, and leaves no records.
 """
 
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
-from records import RESULTS, ROOT
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-TOY = "--toy" in sys.argv
-if TOY:
-    # Read when the kernels are defined, so it is set before they are imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+from benchmarks import toy
+from benchmarks.records import RESULTS
 
-import torch  # noqa: E402
+try:
+    from triton.errors import TritonError
+except ImportError:
+    TritonError = RuntimeError
 
+TOY = toy.chosen()
 DEVICE = "cuda" if torch.cuda.is_available() and not TOY else "cpu"
 synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+
+# With which what is measured says that it is wrong or not to be had here. Triton's own, as of a
+# tile too large for the chip, are no RuntimeErrors.
+FAILURES = (
+    AssertionError, ImportError, RuntimeError, ValueError, FailOnRecompileLimitHit, TritonError
+)  # fmt: skip
+
+
+def why(err):
+    """An exception's name and the first line of its message."""
+    return f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
 
 
 def record_file(name):

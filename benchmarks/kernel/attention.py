@@ -12,24 +12,40 @@ count qkv, out, lse, dout and dqkv once; neither counts padding. "roofline" is t
 and bytes take at the matmul rate and copy bandwidth measured in this run, the larger of the two,
 over the pass's: above 100 % tiles were skipped. varlen_attn is FlashAttention 2 inside torch.
 
-    python benchmarks/attention.py                          # bf16, 65,536 tokens, 12 heads of 64
-    python benchmarks/attention.py --qkv layer.pt           # a trained layer's, by layer_qkv.py
-    python benchmarks/attention.py --toy                    # proves the script, on a CPU
+    python benchmarks/kernel/attention.py                 # bf16, 65,536 tokens, 12 heads of 64
+    python benchmarks/kernel/attention.py --qkv layer.pt  # a trained layer's, by layer_qkv.py
+    python benchmarks/kernel/attention.py --toy           # proves the script, on a CPU
 
 Output: one JSON line per provider, lengths and pass, appended to --output too, then a table. Cases
 that cannot run are rows that say why.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-import common  # noqa: F401, before the kernels: with --toy it chooses the interpreter
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
+
 import torch
 import torch._functorch.config
-from clocks import TOY, Deadline, ceilings, first_call, peak_bytes, record_file
-from common import milliseconds
-from providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
-from records import print_table, recorder
+
+from benchmarks.kernel.common import empty_caches, milliseconds, require_device
+from benchmarks.kernel.providers import DENSE, PROVIDERS, WITHOUT_BIAS, Shape, draw, gate, setup
+from benchmarks.records import print_table, recorder
+from benchmarks.speed.clocks import (
+    FAILURES,
+    TOY,
+    Deadline,
+    ceilings,
+    first_call,
+    peak_bytes,
+    record_file,
+    why,
+)  # fmt: skip
 
 # Should time run out, what is missing is the longest.
 SEQLENS = [128, 2048, 512, 8192, 32_768, 65_536]
@@ -108,8 +124,8 @@ def rows_of(provider, shape, rates, deadline):
             yield from measure(provider, shape, rates)
         except AssertionError as err:
             reason = f"wrong: {err}"
-        except (ImportError, NotImplementedError, RuntimeError) as err:
-            reason = f"{type(err).__name__}: {str(err).partition(chr(10))[0]}"
+        except FAILURES as err:
+            reason = why(err)
     if reason is not None:
         yield {"skipped": reason}
 
@@ -132,6 +148,7 @@ def main():
         # Not bf16, of which the interpreter gets products wrong.
         parser.set_defaults(seqlens=[32], tokens=80, heads=2, head_dim=16, dtype="float32")
     args = parser.parse_args()
+    require_device()
     # retain_graph needs the buffers that compiled backward passes would otherwise give away.
     torch._functorch.config.donated_buffer = False
     record, dtype = recorder(args.output, "triton"), getattr(torch, args.dtype)
@@ -159,4 +176,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with empty_caches():
+        main()

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from clocks import DEVICE, TOY
-from records import ROOT
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from benchmarks.records import ROOT
+from benchmarks.speed.clocks import DEVICE, TOY
 from bert_padding import pack_batch
 from mosaic_tools.callbacks import Throughput
 

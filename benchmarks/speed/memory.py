@@ -10,9 +10,9 @@ BERT keeps its 512 learned positions, which longer rows use over and over.
 A CPU does not say that memory is short before the process is killed, so there only the slope is
 to be had.
 
-    python benchmarks/memory.py
-    python benchmarks/memory.py --settings mosaic bert --tasks step --longest 16384
-    python benchmarks/memory.py --toy                    # proves the script, on a CPU
+    python benchmarks/speed/memory.py
+    python benchmarks/speed/memory.py --settings mosaic bert --tasks step --longest 16384
+    python benchmarks/speed/memory.py --toy  # proves the script, on a CPU
 
 Output: one JSON line per setting and length, appended to --output too, then a table of the longest
 rows. "bytes_per_token" is the slope from half that length; "exponent" the power of the length that
@@ -22,12 +22,21 @@ memory grew with from there.
 import argparse
 import ctypes
 import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
 
 import torch
-from clocks import DEVICE, TOY, Deadline, first_call, record_file
-from compare import build, free, warm
-from encoders import SETTINGS, Encoder, make_rows
-from records import print_table, recorder
+
+from benchmarks.records import print_table, recorder
+from benchmarks.speed.clocks import DEVICE, TOY, Deadline, first_call, record_file
+from benchmarks.speed.compare import build, free, warm
+from benchmarks.speed.encoders import SETTINGS, Encoder, make_rows
 
 COLUMNS = {
     "task": "", "rows": "", "setting": "", "seqlen": ",", "tokens": ",", "peak_bytes": ",",

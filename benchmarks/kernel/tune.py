@@ -6,24 +6,40 @@ replace the table's tile, the other kernels keeping theirs. One that does not fi
 or fails the tests' error rule is left out; the rest are timed with ALiBi on sequences of --seqlen
 tokens, every tile visited, by the median of triton.testing.do_bench. The one-block backward gets
 the longest row at which it beats the two-pass kernels on full rows. Dropout is not timed:
-afterwards ask tests/resources.py for 0 spills in all variants.
+afterwards ask resources.py for 0 spills in all variants.
 
-    python benchmarks/tune.py                        # this chip's four rows
-    python benchmarks/tune.py --rows 64-2            # head_dim 64, 2 bytes per element
-    python benchmarks/tune.py --toy                  # proves the script, on a CPU
+    python benchmarks/kernel/tune.py              # this chip's four rows
+    python benchmarks/kernel/tune.py --rows 64-2  # head_dim 64, 2 bytes per element
+    python benchmarks/kernel/tune.py --toy        # proves the script, on a CPU
 
 Output: a JSON line per candidate, appended to --output too, then the rows to paste into TILES.
 """
 
 import argparse
 import itertools
+import sys
+from pathlib import Path
 
-import common  # before the kernels: with --toy it chooses the interpreter
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import toy
+
+if __name__ == "__main__":
+    toy.choose(sys.argv)
+
 import torch
-from clocks import DEVICE, TOY, record_file
-from common import cu_seqlens_of, milliseconds, ours, slopes_of
-from records import recorder
 from triton.runtime.errors import OutOfResources
+
+from benchmarks.kernel.common import (
+    assert_correct,
+    cu_seqlens_of,
+    empty_caches,
+    milliseconds,
+    ours,
+    require_device,
+    slopes_of,
+)  # fmt: skip
+from benchmarks.records import recorder
+from benchmarks.speed.clocks import DEVICE, TOY, record_file
 
 DTYPES = {2: torch.float16 if TOY else torch.bfloat16, 4: torch.float32}
 # Accumulators of (BLOCK, head_dim) that a kernel keeps in registers.
@@ -67,7 +83,7 @@ def check(row, lengths):
     out = attend(case)
     grad = torch.autograd.grad(out, qkv, dout)[0]
     slopes = options["alibi_slopes"]
-    common.assert_correct(out.detach(), grad, qkv, dout, cu_seqlens, slopes)
+    assert_correct(out.detach(), grad, qkv, dout, cu_seqlens, slopes)
 
 
 def clock(case, backward):
@@ -149,6 +165,7 @@ def main():
     parser.add_argument("--output", default=record_file("tune"))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
+    require_device()
     sm = ours.UNKNOWN_SM
     if not TOY:
         major, minor = torch.cuda.get_device_capability()
@@ -160,4 +177,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with empty_caches():
+        main()

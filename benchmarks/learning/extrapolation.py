@@ -8,7 +8,8 @@ same time, each on a core of its own.
 
     python prepare_data.py --train_file wiki.train.txt.xz --validation_file wiki.valid.txt \
         --vocab_size 4096 --max_seq_length 64 --prepared_data runs/wiki-64
-    python benchmarks/extrapolation.py --prepared_data runs/wiki-64 --documents wiki.valid.txt
+    python benchmarks/learning/extrapolation.py --prepared_data runs/wiki-64 \
+        --documents wiki.valid.txt
 
 Writes extrapolation.jsonl, a record for each model, and extrapolation.png; prints a table. The last
 line is JSON: the loss of each model at each length.
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from records import RESULTS, ROOT, environment
-from side_by_side import train
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-sys.path.append(str(ROOT))
-from mosaic_tools.corpus import load_files  # noqa: E402
-from mosaic_tools.family import check_loaded  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.learning.side_by_side import train
+from benchmarks.records import RESULTS, environment
+from mosaic_tools.corpus import load_files
+from mosaic_tools.family import check_loaded
 
 # Trained on the first, evaluated on all.
 LENGTHS = (64, 128, 256, 512, 1024)

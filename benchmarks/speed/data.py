@@ -5,7 +5,7 @@ Tokenizes documents as prepare_data.py does, in one process, cut and packed; the
 masks and unpads them as a loader's worker does for train_mlm.py. Rates are non-padding tokens by
 seconds of CPU time on one core, so that other processes matter less; medians of five.
 
-    python benchmarks/data.py --train_file wiki.valid.txt --tokenizer vocab.txt
+    python benchmarks/speed/data.py --train_file wiki.valid.txt --tokenizer vocab.txt
 
 Appends to benchmarks/results/data.jsonl; the last line printed is that record.
 """
@@ -17,18 +17,20 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-# Before the tokenizer and torch are loaded: one core.
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+if __name__ == "__main__":
+    # Before the tokenizer and torch are loaded: one core.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-import datasets  # noqa: E402
-from records import RESULTS, ROOT, environment  # noqa: E402
+import datasets
 
-sys.path.append(str(ROOT))
-from mosaic_tools.corpus import load_files  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.records import RESULTS, environment
+from mosaic_tools.corpus import load_files
 from mosaic_tools.encoding import encode
-from mosaic_tools.masking import MaskingCollator  # noqa: E402
-from mosaic_tools.recipe import DataArguments  # noqa: E402
+from mosaic_tools.masking import MaskingCollator
+from mosaic_tools.recipe import DataArguments
 from mosaic_tools.tokenization import existing_tokenizer
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MosaicBERT with one of its components replaced by BERT's, to train and to fine-tune.
 
-    python benchmarks/ablations.py no_glu train_mlm.py --output_dir runs/no-glu ...
-    python benchmarks/ablations.py no_glu finetune.py --model runs/no-glu ...
+    python benchmarks/learning/ablations.py no_glu train_mlm.py --output_dir runs/no-glu ...
+    python benchmarks/learning/ablations.py no_glu finetune.py --model runs/no-glu ...
 
 runs the script as it is, on a model whose parts are swapped before it is built, so that the model's
 files need no switch. What it saves has a model_type of its own, mosaic_bert_no_glu, and no
@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-from mosaic_tools import family, mlm_trainer  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.records import ROOT
+from mosaic_tools import family, mlm_trainer
 
 
 def no_glu(layers) -> dict:
