@@ -103,7 +103,7 @@ def measure(provider, shape, rates):
         yield row
 
 
-def why_not(provider, shape):
+def unsupported_reason(provider, shape):
     """Why a provider is not tried, or None."""
     if provider not in DENSE:
         return None
@@ -118,7 +118,7 @@ def why_not(provider, shape):
 
 def rows_of(provider, shape, rates, deadline):
     """Figures of every pass, or one row that says why there are none."""
-    reason = deadline.reason() or why_not(provider, shape)
+    reason = deadline.reason() or unsupported_reason(provider, shape)
     if reason is None:
         try:
             yield from measure(provider, shape, rates)
@@ -134,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--seqlens", nargs="+", type=int, default=SEQLENS)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--heads", type=int, default=12)
