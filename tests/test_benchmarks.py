@@ -13,7 +13,7 @@ from conftest import ROOT, run_python
 
 from benchmarks import plot
 from benchmarks.learning import learning, pareto
-from benchmarks.records import environment, place, version
+from benchmarks.records import command, environment, place, version
 from benchmarks.speed import clocks, compare, encoders, pretraining, profile_step
 from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 from mosaic_tools import devices
@@ -192,6 +192,36 @@ def test_absent_packages_have_no_version():
     assert version("no-such-package") is None
 
 
+def test_a_record_names_the_script_from_the_root(tmp_path):
+    words = ["--output", str(tmp_path), "--rounds", "3"]
+    script = str(ROOT / "benchmarks" / "speed" / "pretraining.py")
+    expected = f"python benchmarks/speed/pretraining.py --output {tmp_path.name} --rounds 3"
+    assert command([script, *words]) == expected
+    assert command([str(tmp_path / "other.py")]) == "python other.py"
+
+
+def test_records_are_written_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
+
+
+def test_benchmarks_are_imported_whatever_the_command_line_says():
+    """With --toy in it their sizes were others, and the kernel's left the process."""
+    code = f"""
+import importlib, sys
+from pathlib import Path
+sys.argv[1:], root = ["--toy", "--no-such-flag"], Path({str(ROOT)!r})
+sys.path.insert(0, str(root))
+scripts = [*root.glob("benchmarks/**/[a-z]*.py")]
+for path in scripts:
+    importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+import benchmarks.speed.encoders
+print(len(scripts), benchmarks.speed.encoders.VOCAB, benchmarks.speed.clocks.TOY)
+"""
+    count, *rest = run_python(code).split()
+    assert int(count) > 20 and rest == ["30528", "False"]
+
+
 def test_an_error_without_a_message_has_a_name():
     assert compare.why(AssertionError()) == "AssertionError: "
 
@@ -307,7 +337,7 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command, cases",
+    "words, cases",
     [
         ("speed/pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
         ("speed/inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
@@ -316,9 +346,9 @@ else:
         ("kernel/attention.py --providers ours sdpa", 16),
     ],
 )
-def test_a_toy_run_prints_records_and_a_table(command, cases):
+def test_a_toy_run_prints_records_and_a_table(words, cases):
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{command.split()[0]}", *command.split()[1:], "--toy"],
+        [sys.executable, *f"benchmarks/{words} --toy".split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -329,6 +359,7 @@ def test_a_toy_run_prints_records_and_a_table(command, cases):
     assert len(records) == cases
     for record in records:
         assert "skipped" not in record
-        assert record.keys() >= {"command", "device", "torch", "transformers", "commit", "date"}
+        assert record["command"].split()[:2] == ["python", f"benchmarks/{words.split()[0]}"]
+        assert record.keys() >= {"device", "torch", "transformers", "commit", "date"}
         assert record["cpu_instructions"] == devices.cpu_instructions()
     assert len([line for line in lines if not line.startswith("{")]) > 1
