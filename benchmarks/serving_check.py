@@ -84,6 +84,11 @@ def main():
     parser.add_argument("--tokenizer", help="for random weights: Hub id, folder or vocab.txt")
     parser.add_argument("--documents", type=int, default=8)
     args = parser.parse_args()
+    for file in (args.converter, args.text):
+        if not file.is_file():
+            parser.error(f"there is no {file}: --help says where it comes from")
+    if not args.model and not args.tokenizer:
+        parser.error("random weights need --tokenizer, such as bert-base-uncased; or give --model")
     texts = args.text.read_text(encoding="utf-8").splitlines()[: args.documents]
 
     with tempfile.TemporaryDirectory() as temporary:

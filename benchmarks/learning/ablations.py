@@ -142,5 +142,12 @@ def run(name: str, script: str, flags: list[str]):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-if __name__ == "__main__":
+def main():
+    if len(sys.argv) < 3:
+        print(__doc__)
+        raise SystemExit(None if "--help" in sys.argv else f"one of {', '.join(SWAPS)}; a script")
     run(*sys.argv[1:3], sys.argv[3:])
+
+
+if __name__ == "__main__":
+    main()
