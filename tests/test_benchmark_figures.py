@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.kernel import attention
+from benchmarks.learning import learning, side_by_side
 from benchmarks.speed import (
     clocks,
     compare,
@@ -247,3 +248,29 @@ def test_an_error_of_tritons_is_a_skipped_row(attention_case, monkeypatch):
     monkeypatch.setattr(attention, "setup", too_large)
     [row] = attention.rows_of("ours", attention_case, {}, clocks.Deadline(1))
     assert row["skipped"].startswith("OutOfResources: out of resource: shared memory, Required: 3")
+
+
+# Learning's
+
+
+def test_a_curve_sums_up_seconds_tokens_and_flop_from_a_log(tmp_path):
+    """10 steps of 32 rows at 64 rows a second take 5 s, 10 more at 32 a second 10 s."""
+    log = [
+        {"step": 10, "loss": 5.0, "samples_per_second": 64, "tokens_per_second": 1000, "mfu": 0.2},
+        {"step": 10, "eval_loss": 4.0, "eval_masked_accuracy": 0.25},
+        {"step": 20, "loss": 4.0, "samples_per_second": 32, "tokens_per_second": 500, "mfu": 0.3},
+        {"step": 20, "eval_loss": 3.0, "eval_masked_accuracy": 0.5},
+        {"step": 20, "eval_loss": 3.0, "eval_masked_accuracy": 0.5},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    first, last = side_by_side.curve(tmp_path, rows_per_step=32)
+    expected = {"step": 10, "tokens": 5000, "seconds": 5, "flop": 1e12}
+    assert first == pytest.approx(expected | {"eval_loss": 4, "eval_masked_accuracy": 0.25})
+    expected = {"step": 20, "tokens": 10_000, "seconds": 15, "flop": 4e12}
+    assert last == pytest.approx(expected | {"eval_loss": 3, "eval_masked_accuracy": 0.5})
+
+
+@pytest.mark.parametrize("loss, tokens", [(6, 100), (5, 150), (3, 300), (2.9, None)])
+def test_what_a_loss_needed_is_between_the_points_around_it(loss, tokens):
+    curve = [{"tokens": x, "eval_loss": y} for x, y in ((100, 6), (200, 4), (300, 3))]
+    assert learning.needed(curve, loss, "tokens") == tokens
