@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the README's plots from the records.
+"""Draws the plots of benchmarks/RESULTS.md from the records.
 
     python benchmarks/plot.py
 
