@@ -29,32 +29,33 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Tokens per entry of a tile map, and the longest row that needs no map. Every BLOCK divides it.
+# Tokens per entry of a tile map, and the longest row that needs no map. Every block divides it.
 MAP_ROWS = tl.constexpr(128)
 # The shortest max_seqlen at which reading q and k once more, to bound their products, pays.
 SKIP_FROM = 1024
 
-# (sm, padded head_dim, bytes per element): (BLOCK, STEP, warps, stages) of each kernel. A program
-# owns BLOCK tokens and streams the others, STEP at a time; "block" owns a whole sequence of up to
-# BLOCK tokens. Head dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 and not
-# timed: benchmarks/kernel/tune.py does it on a GPU.
+# (sm, padded head_dim, bytes per element): (BLOCK_M, BLOCK_N, warps, stages) of each kernel. A
+# program owns BLOCK_M queries and streams the keys, BLOCK_N at a time; one of "dkdv" owns BLOCK_N
+# keys and streams the queries; one of "block" owns a whole sequence of up to BLOCK_M tokens. Head
+# dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 and not timed:
+# benchmarks/kernel/tune.py does it on a GPU.
 KERNELS = ("forward", "dq", "dkdv", "block")
 TILES = {
-    (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
+    (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1)),
     (80, 128, 2): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
     (80, 64, 4): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
     (80, 128, 4): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    (89, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 1)),
+    (89, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1)),
     (89, 128, 2): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
     (89, 64, 4): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
     (89, 128, 4): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    (90, 64, 2): ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 1)),
-    (90, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 1)),
-    (90, 64, 4): ((128, 32, 8, 2), (128, 32, 8, 2), (16, 32, 4, 1), (32, 32, 4, 1)),
+    (90, 64, 2): ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (128, 128, 8, 1)),
+    (90, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 3), (32, 128, 8, 3), (64, 64, 8, 1)),
+    (90, 64, 4): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 16, 4, 1), (32, 32, 4, 1)),
     (90, 128, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    (100, 64, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1)),
-    (100, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
-    (100, 64, 4): ((32, 32, 4, 2), (16, 32, 4, 1), (16, 32, 4, 2), (64, 64, 8, 1)),
+    (100, 64, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 3), (128, 128, 8, 1)),
+    (100, 128, 2): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+    (100, 64, 4): ((32, 32, 4, 2), (16, 32, 4, 1), (32, 16, 4, 2), (64, 64, 8, 1)),
     (100, 128, 4): ((16, 32, 4, 1), (16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 TILES = {row: dict(zip(KERNELS, tiles, strict=True)) for row, tiles in TILES.items()}
@@ -65,7 +66,7 @@ NORMS_TILE = (MAP_ROWS.value, None, 4, 1)
 
 
 def tile_shape(qkv: torch.Tensor, direction: str) -> tuple[int, int, int, int]:
-    """The table's (BLOCK, STEP, warps, stages) for the chip, dtype and head_dim of `qkv`."""
+    """The table's (BLOCK_M, BLOCK_N, warps, stages) for the chip, dtype and head_dim of `qkv`."""
     sm = UNKNOWN_SM
     if qkv.is_cuda:
         major, minor = torch.cuda.get_device_capability(qkv.device)
@@ -76,7 +77,8 @@ def tile_shape(qkv: torch.Tensor, direction: str) -> tuple[int, int, int, int]:
 
 
 # What the kernels share. "Owned" tokens stay in registers, "streamed" ones pass by: in the forward
-# and dq kernels queries are owned and keys streamed, in the dk/dv kernel the other way round.
+# and dq kernels queries are owned and keys streamed, in the dk/dv kernel the other way round. OWNED
+# and STREAMED are how many at a time: BLOCK_M queries, BLOCK_N keys.
 
 
 @triton.jit
@@ -160,9 +162,9 @@ def _slope(slopes, head, scale):
 @triton.jit
 def _walk(
     norms, slope, scale, start, seqlen,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, ALIBI: tl.constexpr,
+    OWNED: tl.constexpr, STREAMED: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of STEP tokens that a program visits: [low, high), of which `exact` need care.
+    """The tiles of STREAMED tokens that a program visits: [low, high), of which `exact` need care.
 
     Those are the tiles [near, past) on the diagonal, where distances change sign, and a last tile
     that is only partly filled; all others are treated alike. Keys at distance d hold at most
@@ -170,7 +172,7 @@ def _walk(
     summed over both sides from `reach` on that is 2**-24.
     """
     low = 0
-    high = tl.cdiv(seqlen, STEP)
+    high = tl.cdiv(seqlen, STREAMED)
     if ALIBI:
         if norms is not None:
             alibi = slope * scale
@@ -179,14 +181,14 @@ def _walk(
             reach = tl.ceil((2.0 * bound + 24 * LN2 + tail) / alibi)
             # Written so that a slope of 0, a negative one and NaN all give the full row.
             reach = tl.where((alibi > 0) & (reach < seqlen), reach, seqlen).to(tl.int32)
-            low = tl.maximum(start - reach, 0) // STEP
-            high = tl.cdiv(tl.minimum(start + BLOCK + reach, seqlen), STEP)
-        near = start // STEP
-        past = tl.cdiv(tl.minimum(start + BLOCK, seqlen), STEP)
+            low = tl.maximum(start - reach, 0) // STREAMED
+            high = tl.cdiv(tl.minimum(start + OWNED + reach, seqlen), STREAMED)
+        near = start // STREAMED
+        past = tl.cdiv(tl.minimum(start + OWNED, seqlen), STREAMED)
     else:
-        near = seqlen // STEP
+        near = seqlen // STREAMED
         past = near
-    exact = past - near + tl.where((high > past) & (high * STEP > seqlen), 1, 0)
+    exact = past - near + tl.where((high > past) & (high * STREAMED > seqlen), 1, 0)
     return low, near, past, high, exact
 
 
@@ -221,26 +223,27 @@ def _offsets(position_ids, start, seqlen, BLOCK: tl.constexpr, ANCHOR: tl.conste
 @triton.jit
 def _scores(
     owned, streamed, offsets, position_ids, slope, scale, start, column, seqlen,
-    STEP: tl.constexpr, ALIBI: tl.constexpr, SIDE: tl.constexpr, KEYS_OWNED: tl.constexpr = False,
+    STREAMED: tl.constexpr, ALIBI: tl.constexpr, SIDE: tl.constexpr,
+    KEYS_OWNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Scores / scale as a tile (BLOCK, STEP), and for every query what is left to add, in base 2.
+    """Scores / scale: (OWNED, STREAMED), and for every query what is left to add, in base 2.
 
     To the left (SIDE 1) and right (2) of the diagonal, |owned - streamed| is a difference of known
     sign: `away`, from the owned token to the near edge of the streamed tile, less `there`, from
     that edge on. The keys' part is the one instruction per score that ALiBi costs. The queries'
-    part joins the row's maximum or log-sum-exp: (BLOCK,), or (STEP,) where keys are owned.
+    part joins the row's maximum or log-sum-exp: (OWNED,), or (STREAMED,) where keys are owned.
     """
     # Not streamed.T: the interpreter of Triton 3.2 loses its type (any test of the output).
-    tile = _dot(owned, tl.trans(streamed))  # (BLOCK, STEP)
-    ANCHOR: tl.constexpr = STEP - 1 if SIDE == 1 else 0
-    there = _offsets(position_ids, column, seqlen, STEP, ANCHOR)  # (STEP,)
+    tile = _dot(owned, tl.trans(streamed))  # (OWNED, STREAMED)
+    ANCHOR: tl.constexpr = STREAMED - 1 if SIDE == 1 else 0
+    there = _offsets(position_ids, column, seqlen, STREAMED, ANCHOR)  # (STREAMED,)
     rest = tl.zeros_like(there if KEYS_OWNED else offsets)
     if ALIBI:
         if position_ids is not None:
             gap = tl.load(position_ids + column + ANCHOR) - tl.load(position_ids + start)
         else:
             gap = column + ANCHOR - start
-        away = offsets - gap  # (BLOCK,)
+        away = offsets - gap  # (OWNED,)
         if SIDE == 0:
             tile -= slope * tl.abs(away[:, None] - there[None, :])
         else:
@@ -254,7 +257,7 @@ def _scores(
                 tile = tl.fma(there[None, :], signed, tile)
                 rest = away * (-signed * scale * LOG2E)
     if SIDE == 0:
-        tile = tl.where((column + tl.arange(0, STEP) < seqlen)[None, :], tile, float("-inf"))
+        tile = tl.where((column + tl.arange(0, STREAMED) < seqlen)[None, :], tile, float("-inf"))
     return tile, rest
 
 
@@ -267,7 +270,7 @@ def _mask_words(seed, sequence, head):
 
 
 @triton.jit
-def _kept(first, second, query, key, cut):
+def _keep_mask(first, second, query, key, threshold):
     """Which weights survive dropout; `query` and `key`, places in the sequence, broadcast.
 
     Only these places and the mask's two words count, so that every kernel draws the same mask
@@ -282,7 +285,7 @@ def _kept(first, second, query, key, cut):
     bits = bits * 0xED5AD4BB + second
     bits = (bits ^ (bits >> 11)) * 0xAC4C1B51
     bits = (bits ^ (bits >> 15)) * 0x31848BAB
-    return bits.to(tl.int32, bitcast=True) >= cut
+    return bits.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit
@@ -291,16 +294,16 @@ def _norms_kernel(
     norms,
     cu_seqlens, tile_map,
     heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Largest |q|^2 and |k|^2 of every sequence and head; grid: (tiles * heads,)."""
-    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
+    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK_M)
     if start >= seqlen:
         return
     base = qkv + first * stride_token + head * stride_head
     norms += 2 * (sequence * heads + head)
     for part in tl.static_range(2):
-        rows = _load(base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D).to(tl.float32)
+        rows = _load(base, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D).to(tl.float32)
         # The result of a maximum does not depend on the order of arrival.
         tl.atomic_max(norms + part, tl.max(tl.sum(rows * rows, 1), 0))
         base += stride_part
@@ -311,12 +314,12 @@ def _forward_kernel(
     qkv, stride_token, stride_part, stride_head,
     out, lse,
     cu_seqlens, tile_map, slopes, position_ids, norms,
-    seed, cut, keep,
+    seed, dropout_threshold, keep_prob,
     total, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out, and lse in base 2, of BLOCK queries; grid: (tiles * heads,)."""
-    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
+    """out, and lse in base 2, of BLOCK_M queries; grid: (tiles * heads,)."""
+    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK_M)
     if start >= seqlen:
         return
     q_base = qkv + first * stride_token + head * stride_head
@@ -331,40 +334,45 @@ def _forward_kernel(
         first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
-    low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
+    low, near, past, high, exact = _walk(
+        norms, slope, scale, start, seqlen, BLOCK_M, BLOCK_N, ALIBI
+    )
 
-    rows = start + tl.arange(0, BLOCK)
-    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
-    offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
-    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    # The diagonal comes first: it holds most mass, so that later tiles seldom raise the peak.
+    rows = start + tl.arange(0, BLOCK_M)
+    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    offsets = _offsets(position_ids, start, seqlen, BLOCK_M)  # (BLOCK_M,)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # The diagonal comes first: it holds most mass, so that later tiles seldom raise m_i.
     for SIDE in tl.static_range(3 if ALIBI else 2):
         begin, end = _span(low, near, past, high, exact, SIDE)
         for step in range(begin, end):
-            column = _visit(step, near, past, high, SIDE) * STEP
-            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
-            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            start_n = _visit(step, near, past, high, SIDE) * BLOCK_N
+            k = _load(k_base, stride_token, start_n, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D, SIDE != 0)
+            v = _load(v_base, stride_token, start_n, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D, SIDE != 0)
             scores, rest = _scores(
-                q, k, offsets, position_ids, slope, scale, start, column, seqlen, STEP, ALIBI, SIDE
-            )  # (BLOCK, STEP), (BLOCK,)
-            raised = tl.maximum(peak, tl.max(scores, 1) * (scale * LOG2E) + rest)
-            shrink = tl.exp2(peak - raised)
-            p = tl.exp2(scores * (scale * LOG2E) - (raised - rest)[:, None])
-            mass = mass * shrink + tl.sum(p, 1)
+                q, k, offsets, position_ids, slope, scale, start, start_n, seqlen,
+                BLOCK_N, ALIBI, SIDE,
+            )  # (BLOCK_M, BLOCK_N), (BLOCK_M,)  # fmt: skip
+            m_ij = tl.maximum(m_i, tl.max(scores, 1) * (scale * LOG2E) + rest)
+            alpha = tl.exp2(m_i - m_ij)
+            p = tl.exp2(scores * (scale * LOG2E) - (m_ij - rest)[:, None])
+            l_i = l_i * alpha + tl.sum(p, 1)
             if seed is not None:
-                keys = column + tl.arange(0, STEP)
-                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
-                p = tl.where(kept, p, 0.0)
-            acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
-            peak = raised
+                keys = start_n + tl.arange(0, BLOCK_N)
+                keep_mask = _keep_mask(
+                    first_word, second_word, rows[:, None], keys[None, :], dropout_threshold
+                )
+                p = tl.where(keep_mask, p, 0.0)
+            acc = _dot(p.to(v.dtype), v, acc * alpha[:, None])
+            m_i = m_ij
 
     out_base = out + (first * heads + head) * HEAD_DIM
-    out_tile = acc / (mass * keep)[:, None]
-    _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse_tile = peak + tl.log2(mass)
-    tl.store(lse + rows, lse_tile, mask=rows < seqlen)
+    out_tile = acc / (l_i * keep_prob)[:, None]
+    _store(out_tile, out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    lse_i = m_i + tl.log2(l_i)
+    tl.store(lse + rows, lse_i, mask=rows < seqlen)
 
 
 @triton.jit
@@ -373,12 +381,12 @@ def _dq_kernel(
     dout, dout_stride_token, dout_stride_head,
     out, lse, delta, dqkv,
     cu_seqlens, tile_map, slopes, position_ids, norms,
-    seed, cut, keep,
+    seed, dropout_threshold, keep_prob,
     total, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = rowsum(out * dout) for dk/dv, of BLOCK queries; grid: (tiles * heads,)."""
-    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
+    """dq, and delta = rowsum(out * dout) for dk/dv, of BLOCK_M queries; grid: (tiles * heads,)."""
+    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK_M)
     if start >= seqlen:
         return
     q_base = qkv + first * stride_token + head * stride_head
@@ -397,35 +405,40 @@ def _dq_kernel(
         first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
-    low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
+    low, near, past, high, exact = _walk(
+        norms, slope, scale, start, seqlen, BLOCK_M, BLOCK_N, ALIBI
+    )
 
-    rows = start + tl.arange(0, BLOCK)
-    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
-    do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    o = _load(out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    drift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) * keep  # (BLOCK,)
-    tl.store(delta + rows, drift, mask=rows < seqlen)
-    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=0.0)
-    offsets = _offsets(position_ids, start, seqlen, BLOCK)
-    dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    rows = start + tl.arange(0, BLOCK_M)
+    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    o = _load(out_base, heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) * keep_prob  # (BLOCK_M,)
+    tl.store(delta + rows, delta_i, mask=rows < seqlen)
+    lse_i = tl.load(lse + rows, mask=rows < seqlen, other=0.0)
+    offsets = _offsets(position_ids, start, seqlen, BLOCK_M)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for SIDE in tl.static_range(3 if ALIBI else 2):
         begin, end = _span(low, near, past, high, exact, SIDE)
         for step in range(begin, end):
-            column = _visit(step, near, past, high, SIDE) * STEP
-            k = _load(k_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
-            v = _load(v_base, stride_token, column, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            start_n = _visit(step, near, past, high, SIDE) * BLOCK_N
+            k = _load(k_base, stride_token, start_n, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D, SIDE != 0)
+            v = _load(v_base, stride_token, start_n, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D, SIDE != 0)
             scores, rest = _scores(
-                q, k, offsets, position_ids, slope, scale, start, column, seqlen, STEP, ALIBI, SIDE
-            )  # (BLOCK, STEP), (BLOCK,)
-            p = tl.exp2(scores * (scale * LOG2E) - (lse_rows - rest)[:, None])
-            dp = _dot(do, tl.trans(v))  # (BLOCK, STEP)
+                q, k, offsets, position_ids, slope, scale, start, start_n, seqlen,
+                BLOCK_N, ALIBI, SIDE,
+            )  # (BLOCK_M, BLOCK_N), (BLOCK_M,)  # fmt: skip
+            p = tl.exp2(scores * (scale * LOG2E) - (lse_i - rest)[:, None])
+            dp = _dot(do, tl.trans(v))  # (BLOCK_M, BLOCK_N)
             if seed is not None:
-                keys = column + tl.arange(0, STEP)
-                kept = _kept(first_word, second_word, rows[:, None], keys[None, :], cut)
-                dp = tl.where(kept, dp, 0.0)
-            dq = _dot((p * (dp - drift[:, None])).to(k.dtype), k, dq)
-    dq *= scale / keep
-    _store(dq, dq_base, 3 * heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
+                keys = start_n + tl.arange(0, BLOCK_N)
+                keep_mask = _keep_mask(
+                    first_word, second_word, rows[:, None], keys[None, :], dropout_threshold
+                )
+                dp = tl.where(keep_mask, dp, 0.0)
+            dq = _dot((p * (dp - delta_i[:, None])).to(k.dtype), k, dq)
+    dq *= scale / keep_prob
+    _store(dq, dq_base, 3 * heads * HEAD_DIM, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -434,12 +447,12 @@ def _dkdv_kernel(
     dout, dout_stride_token, dout_stride_head,
     lse, delta, dqkv,
     cu_seqlens, tile_map, slopes, position_ids, norms,
-    seed, cut, keep,
+    seed, dropout_threshold, keep_prob,
     total, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK keys; grid: (tiles * heads,). Score tiles are (keys, queries)."""
-    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK)
+    """dk and dv of BLOCK_N keys; grid: (tiles * heads,). Score tiles are (keys, queries)."""
+    head, sequence, first, seqlen, start = _locate(cu_seqlens, tile_map, heads, BLOCK_N)
     if start >= seqlen:
         return
     q_base = qkv + first * stride_token + head * stride_head
@@ -458,42 +471,46 @@ def _dkdv_kernel(
         first_word, second_word = _mask_words(seed, sequence, head)
     ALIBI: tl.constexpr = slopes is not None
     slope = _slope(slopes, head, scale)
-    low, near, past, high, exact = _walk(norms, slope, scale, start, seqlen, BLOCK, STEP, ALIBI)
+    low, near, past, high, exact = _walk(
+        norms, slope, scale, start, seqlen, BLOCK_N, BLOCK_M, ALIBI
+    )
 
-    k = _load(k_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
-    v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
-    dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    k = _load(k_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D)
+    offsets = _offsets(position_ids, start, seqlen, BLOCK_N)  # (BLOCK_N,)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for SIDE in tl.static_range(3 if ALIBI else 2):
         begin, end = _span(low, near, past, high, exact, SIDE)
         for step in range(begin, end):
-            row = _visit(step, near, past, high, SIDE) * STEP
-            rows = row + tl.arange(0, STEP)
-            q = _load(q_base, stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0)
+            start_m = _visit(step, near, past, high, SIDE) * BLOCK_M
+            rows = start_m + tl.arange(0, BLOCK_M)
+            q = _load(q_base, stride_token, start_m, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D, SIDE != 0)
             do = _load(
-                dout_base, dout_stride_token, row, seqlen, HEAD_DIM, STEP, BLOCK_D, SIDE != 0
+                dout_base, dout_stride_token, start_m, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D, SIDE != 0
             )
             exists = _below(rows, seqlen, SIDE != 0)
-            lse_rows = tl.load(lse + rows, mask=exists, other=0.0)  # (STEP,)
+            lse_i = tl.load(lse + rows, mask=exists, other=0.0)  # (BLOCK_M,)
             scores, rest = _scores(
-                k, q, offsets, position_ids, slope, scale, start, row, seqlen,
-                STEP, ALIBI, SIDE, KEYS_OWNED=True,
-            )  # (BLOCK, STEP), (STEP,)  # fmt: skip
-            p = tl.exp2(scores * (scale * LOG2E) - (lse_rows - rest)[None, :])
-            dp = _dot(v, tl.trans(do))  # (BLOCK, STEP)
-            weights = p
+                k, q, offsets, position_ids, slope, scale, start, start_m, seqlen,
+                BLOCK_M, ALIBI, SIDE, KEYS_OWNED=True,
+            )  # (BLOCK_N, BLOCK_M), (BLOCK_M,)  # fmt: skip
+            p = tl.exp2(scores * (scale * LOG2E) - (lse_i - rest)[None, :])
+            dp = _dot(v, tl.trans(do))  # (BLOCK_N, BLOCK_M)
+            p_dropped = p
             if seed is not None:
-                keys = start + tl.arange(0, BLOCK)
-                kept = _kept(first_word, second_word, rows[None, :], keys[:, None], cut)
-                dp = tl.where(kept, dp, 0.0)
-                weights = tl.where(kept, p, 0.0)
-            dv = _dot(weights.to(do.dtype), do, dv)
-            drift = tl.load(delta + rows, mask=exists, other=0.0)  # (STEP,)
-            dk = _dot((p * (dp - drift[None, :])).to(q.dtype), q, dk)
+                keys = start + tl.arange(0, BLOCK_N)
+                keep_mask = _keep_mask(
+                    first_word, second_word, rows[None, :], keys[:, None], dropout_threshold
+                )
+                dp = tl.where(keep_mask, dp, 0.0)
+                p_dropped = tl.where(keep_mask, p, 0.0)
+            dv = _dot(p_dropped.to(do.dtype), do, dv)
+            delta_i = tl.load(delta + rows, mask=exists, other=0.0)  # (BLOCK_M,)
+            dk = _dot((p * (dp - delta_i[None, :])).to(q.dtype), q, dk)
     stride = 3 * heads * HEAD_DIM
-    _store(dk * (scale / keep), dk_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    _store(dv / keep, dv_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
+    _store(dk * (scale / keep_prob), dk_base, stride, start, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D)
+    _store(dv / keep_prob, dv_base, stride, start, seqlen, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -502,15 +519,15 @@ def _block_backward_kernel(
     dout, dout_stride_token, dout_stride_head,
     lse, dqkv,
     cu_seqlens, slopes, position_ids,
-    seed, cut, keep,
+    seed, dropout_threshold, keep_prob,
     total, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of a sequence of up to BLOCK tokens; grid: (batch * heads,).
+    """dq, dk and dv of a sequence of up to BLOCK_M tokens; grid: (batch * heads,).
 
     It holds whole rows, so delta is a sum over the tile and `out` is not read.
     """
-    head, sequence, first, seqlen, start = _locate(cu_seqlens, None, heads, BLOCK, BLOCK)
+    head, sequence, first, seqlen, start = _locate(cu_seqlens, None, heads, BLOCK_M, BLOCK_M)
     q_base = qkv + first * stride_token + head * stride_head
     lse += head * total + first
     dout_base = dout + first * dout_stride_token + head * dout_stride_head
@@ -519,39 +536,41 @@ def _block_backward_kernel(
         position_ids += first
     slope = _slope(slopes, head, scale)
 
-    rows = tl.arange(0, BLOCK)
+    rows = tl.arange(0, BLOCK_M)
     v_base = q_base + stride_part + stride_part
-    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)  # (BLOCK, BLOCK_D)
-    k = _load(q_base + stride_part, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    lse_rows = tl.load(lse + rows, mask=rows < seqlen, other=float("inf"))  # (BLOCK,)
-    offsets = _offsets(position_ids, start, seqlen, BLOCK)  # (BLOCK,)
+    q = _load(q_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    k = _load(q_base + stride_part, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    v = _load(v_base, stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    do = _load(dout_base, dout_stride_token, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    lse_i = tl.load(lse + rows, mask=rows < seqlen, other=float("inf"))  # (BLOCK_M,)
+    offsets = _offsets(position_ids, start, seqlen, BLOCK_M)  # (BLOCK_M,)
     scores, _ = _scores(
         q, k, offsets, position_ids, slope, scale, start, start, seqlen,
-        BLOCK, ALIBI=slopes is not None, SIDE=0,
-    )  # (BLOCK, BLOCK)  # fmt: skip
-    p = tl.exp2(scores * (scale * LOG2E) - lse_rows[:, None])
+        BLOCK_M, ALIBI=slopes is not None, SIDE=0,
+    )  # (BLOCK_M, BLOCK_M)  # fmt: skip
+    p = tl.exp2(scores * (scale * LOG2E) - lse_i[:, None])
     dp = _dot(do, tl.trans(v))
-    weights = p
+    p_dropped = p
     if seed is not None:
         first_word, second_word = _mask_words(seed, sequence, head)
-        kept = _kept(first_word, second_word, rows[:, None], rows[None, :], cut)
-        dp = tl.where(kept, dp, 0.0)
-        weights = tl.where(kept, p, 0.0)
-    dv = _dot(tl.trans(weights.to(do.dtype)), do)
+        keep_mask = _keep_mask(
+            first_word, second_word, rows[:, None], rows[None, :], dropout_threshold
+        )
+        dp = tl.where(keep_mask, dp, 0.0)
+        p_dropped = tl.where(keep_mask, p, 0.0)
+    dv = _dot(tl.trans(p_dropped.to(do.dtype)), do)
     # Rows of p sum to 1 + e, the log-sum-exp being rounded. Without its inverse, 1 - e, delta does
     # not cancel dp (test_fp32_gradients_hold_at_large_scores).
-    delta = tl.sum(p * dp, 1) * (2.0 - tl.sum(p, 1))  # (BLOCK,)
-    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    delta_i = tl.sum(p * dp, 1) * (2.0 - tl.sum(p, 1))  # (BLOCK_M,)
+    ds = (p * (dp - delta_i[:, None])).to(k.dtype)
     dk = _dot(tl.trans(ds), q)
     dq = _dot(ds, k)
     stride = 3 * heads * HEAD_DIM
     dk_base = dq_base + heads * HEAD_DIM
     dv_base = dk_base + heads * HEAD_DIM
-    _store(dq * (scale / keep), dq_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    _store(dk * (scale / keep), dk_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
-    _store(dv / keep, dv_base, stride, start, seqlen, HEAD_DIM, BLOCK, BLOCK_D)
+    _store(dq * (scale / keep_prob), dq_base, stride, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    _store(dk * (scale / keep_prob), dk_base, stride, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
+    _store(dv / keep_prob, dv_base, stride, start, seqlen, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 # Operators. Their names carry the module's: the Hub may bring this file twice, and of two operators
@@ -561,49 +580,49 @@ NAMESPACE = f"{re.sub(r'[^a-zA-Z0-9]', '_', __name__)}_{zlib.crc32(__name__.enco
 
 
 def build_tile_map(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """Cut the batch into pieces of up to 128 tokens, longest sequence first, without a host sync.
+    """Split the batch into tiles of up to 128 tokens, longest sequence first, without a host sync.
 
     It depends on the batch alone: build it once and pass it to every layer as `tile_map`.
 
     Args:
         cu_seqlens: (batch + 1,) int32
-        total: number of tokens, which bounds the number of pieces
+        total: number of tokens, which bounds the number of tiles
 
     Returns:
-        (pieces, 2) int32: sequence and first row. Spare pieces start beyond any row.
+        (tiles, 2) int32: sequence and first row. Spare tiles start beyond any row.
     """
     rows, batch = MAP_ROWS.value, cu_seqlens.shape[0] - 1
-    pieces, order = ((cu_seqlens.diff() + rows - 1) // rows).sort(descending=True, stable=True)
-    ends = pieces.cumsum(0)
-    piece = torch.arange((total + rows - 1) // rows + batch, device=cu_seqlens.device)
-    rank = torch.searchsorted(ends, piece, right=True)
+    tiles, order = ((cu_seqlens.diff() + rows - 1) // rows).sort(descending=True, stable=True)
+    ends = tiles.cumsum(0)
+    tile = torch.arange((total + rows - 1) // rows + batch, device=cu_seqlens.device)
+    rank = torch.searchsorted(ends, tile, right=True)
     spare = rank == batch
     rank = rank.clamp(max=batch - 1)
-    start = (piece - (ends - pieces)[rank]) * rows
+    start = (tile - (ends - tiles)[rank]) * rows
     return torch.stack([order[rank], start.masked_fill(spare, 2**30)], 1).to(torch.int32)
 
 
-def _launch(kernel, tile, pieces, qkv, dropout_p, **arguments):
-    """Run `kernel` for every head of every piece, a sequence or part of one, of the batch."""
-    block, step, warps, stages = tile
+def _launch(kernel, tile, num_tiles, qkv, dropout_p, **arguments):
+    """Run `kernel` for every head of every tile, a sequence or part of one, of the batch."""
+    block_m, block_n, warps, stages = tile
     total, _, heads, head_dim = qkv.shape
     dropped = min(round(dropout_p * 2**32), 2**32 - 1)
     arguments |= dict(
         qkv=qkv, stride_token=qkv.stride(0), stride_part=qkv.stride(1), stride_head=qkv.stride(2),
-        cut=dropped - 2**31, keep=1 - dropped / 2**32, total=total, heads=heads,
+        dropout_threshold=dropped - 2**31, keep_prob=1 - dropped / 2**32, total=total, heads=heads,
         HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK=block, STEP=step,
+        BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
     arguments = {name: arguments[name] for name in kernel.arg_names}
     with torch.cuda.device_of(qkv):
         # Fusing is not the default from Triton 3.10 on; the instruction counts are with it.
-        kernel[(pieces * heads,)](
+        kernel[(num_tiles * heads,)](
             **arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True
         )
 
 
-def _pieces(cu_seqlens, tile_map, block):
-    """How many pieces of `block` tokens `_locate` makes of the batch."""
+def _num_tiles(cu_seqlens, tile_map, block):
+    """How many tiles of `block` tokens `_locate` makes of the batch."""
     entries = cu_seqlens.shape[0] - 1 if tile_map is None else tile_map.shape[0]
     return entries * (MAP_ROWS.value // block)
 
@@ -632,11 +651,11 @@ def _forward(
         norms=norms.zero_() if skip else None, seed=seed, scale=scale,
     )  # fmt: skip
     if skip:
-        pieces = _pieces(cu_seqlens, tile_map, NORMS_TILE[0])
-        _launch(_norms_kernel, NORMS_TILE, pieces, qkv, dropout_p, **batch)
+        num_tiles = _num_tiles(cu_seqlens, tile_map, NORMS_TILE[0])
+        _launch(_norms_kernel, NORMS_TILE, num_tiles, qkv, dropout_p, **batch)
     tile = tile_shape(qkv, "forward")
-    pieces = _pieces(cu_seqlens, tile_map, tile[0])
-    _launch(_forward_kernel, tile, pieces, qkv, dropout_p, out=out, lse=lse, **batch)
+    num_tiles = _num_tiles(cu_seqlens, tile_map, tile[0])
+    _launch(_forward_kernel, tile, num_tiles, qkv, dropout_p, out=out, lse=lse, **batch)
     return out, lse, norms
 
 
@@ -686,10 +705,10 @@ def _backward(
         return dqkv
     arguments["delta"] = torch.empty_like(lse)
     # The order matters: the first writes the delta that the second reads.
-    for kernel, direction in ((_dq_kernel, "dq"), (_dkdv_kernel, "dkdv")):
+    for kernel, direction, owned in ((_dq_kernel, "dq", 0), (_dkdv_kernel, "dkdv", 1)):
         tile = tile_shape(qkv, direction)
-        pieces = _pieces(cu_seqlens, tile_map, tile[0])
-        _launch(kernel, tile, pieces, qkv, dropout_p, **arguments)
+        num_tiles = _num_tiles(cu_seqlens, tile_map, tile[owned])
+        _launch(kernel, tile, num_tiles, qkv, dropout_p, **arguments)
     return dqkv
 
 

@@ -34,9 +34,10 @@ from mosaic_bert.flash_attn_triton import build_tile_map, flash_attn_varlen_qkvp
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Small tiles make short rows cross many of them. The first set has no tile shape twice.
+# (BLOCK_M, BLOCK_N): small tiles make short rows cross many of them. The first set has no tile
+# shape twice.
 TILES = {
-    "mixed": dict(forward=(32, 16), dq=(16, 32), dkdv=(64, 16), block=(16, 16)),
+    "mixed": dict(forward=(32, 16), dq=(16, 32), dkdv=(16, 64), block=(16, 16)),
     "square": dict(forward=(32, 32), dq=(32, 32), dkdv=(32, 32), block=(16, 16)),
     "block": dict(forward=(64, 64), dq=(64, 64), dkdv=(64, 64), block=(128, 128)),
 }
@@ -211,13 +212,13 @@ def test_a_sequence_does_not_see_its_batch(tiles):
 def test_tile_map_covers_every_row_once_longest_sequence_first():
     lengths = [5, 0, 300, 128, 129, 0]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    pieces = build_tile_map(cu_seqlens, sum(lengths)).tolist()
-    real = [(sequence, start) for sequence, start in pieces if start < lengths[sequence]]
+    tiles = build_tile_map(cu_seqlens, sum(lengths)).tolist()
+    real = [(sequence, start) for sequence, start in tiles if start < lengths[sequence]]
     expected = [(b, start) for b, n in enumerate(lengths) for start in range(0, n, 128)]
     assert sorted(real) == expected
     counts = [-(-lengths[sequence] // 128) for sequence, _ in real]
     assert counts == sorted(counts, reverse=True)
-    assert len(pieces) == -(-sum(lengths) // 128) + len(lengths)
+    assert len(tiles) == -(-sum(lengths) // 128) + len(lengths)
 
 
 def test_any_strides_give_the_same_bits(tiles):

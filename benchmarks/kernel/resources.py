@@ -46,7 +46,7 @@ VARIANTS = {
 TYPES = {
     "cu_seqlens": "*i32", "tile_map": "*i32", "position_ids": "*i32", "seed": "*i64",
     "slopes": "*fp32", "norms": "*fp32", "lse": "*fp32", "delta": "*fp32",
-    "keep": "fp32", "scale": "fp32",
+    "keep_prob": "fp32", "scale": "fp32",
 }  # fmt: skip
 OPTIONAL = ("tile_map", "position_ids", "seed", "slopes", "norms")
 
@@ -54,8 +54,8 @@ OPTIONAL = ("tile_map", "position_ids", "seed", "slopes", "norms")
 def compile_kernel(kernel, row, variant, tile):
     """The compiled kernel of one row, with the attributes that the launcher would give it."""
     sm, head_dim, itemsize = row
-    block, step, warps, stages = tile
-    constexprs = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=block, STEP=step)
+    block_m, block_n, warps, stages = tile
+    constexprs = dict(HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK_M=block_m, BLOCK_N=block_n)
     constexprs |= {name: None for name in OPTIONAL if name not in VARIANTS[variant]}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     element = "*bf16" if itemsize == 2 else "*fp32"

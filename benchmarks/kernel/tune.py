@@ -42,22 +42,23 @@ from benchmarks.records import recorder
 from benchmarks.speed.clocks import DEVICE, TOY, record_file
 
 DTYPES = {2: torch.float16 if TOY else torch.bfloat16, 4: torch.float32}
-# Accumulators of (BLOCK, head_dim) that a kernel keeps in registers.
+# Accumulators of (owned tokens, head_dim) that a kernel keeps in registers.
 ACCUMULATORS = {"forward": 1, "dq": 1, "dkdv": 2}
 REGISTERS = 255
 # A one-block backward shorter than any row sends all rows to the two-pass kernels.
 TWO_PASS = (0, 0, 4, 1)
 # A toy must still have all kernels and a choice between two tiles.
-BLOCKS, STEPS = ((32, 64), (32,)) if TOY else ((16, 32, 64, 128), (16, 32, 64, 128))
+BLOCKS_M, BLOCKS_N = ((32, 64), (32,)) if TOY else ((16, 32, 64, 128), (16, 32, 64, 128))
 WARPS, STAGES = ((4,), (2,)) if TOY else ((4, 8), (1, 2, 3, 4))
 
 
 def candidates(direction, head_dim, table_tile):
     """The table's own tile, then all whose accumulators and scores alone fit in registers."""
     yield table_tile
-    for tile in itertools.product(BLOCKS, STEPS, WARPS, STAGES):
-        block, step, warps, _ = tile
-        values = block * (ACCUMULATORS[direction] * head_dim + 2 * step)
+    for tile in itertools.product(BLOCKS_M, BLOCKS_N, WARPS, STAGES):
+        block_m, block_n, warps, _ = tile
+        owned = block_n if direction == "dkdv" else block_m
+        values = owned * ACCUMULATORS[direction] * head_dim + 2 * block_m * block_n
         if values <= REGISTERS * 32 * warps and tile != table_tile:
             yield tile
 
@@ -137,7 +138,7 @@ class Tuner:
 
     def block(self):
         """The longest row at which one program per sequence beats the two-pass kernels."""
-        for block in sorted(BLOCKS, reverse=True):
+        for block in sorted(BLOCKS_M, reverse=True):
             two_pass = self.attempt("block", TWO_PASS, block, [block, 1])
             times = {
                 tile: self.attempt("block", tile, block, [block, 1])
