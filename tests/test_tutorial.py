@@ -31,12 +31,31 @@ for cell in json.loads(notebook.read_text())["cells"]:
         exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
 
 curve, training = names["ax"].lines
-labels = names["labels"]
+labels, model = names["labels"], names["model"]
+
+# The rows of one length, and the model's own loss of all of them, in a padded batch.
+rows = []
+hook = model.register_forward_pre_hook(lambda module, args: rows.extend(args[0]))
+names["loss_at"](256)
+hook.remove()
+pad = names["torch"].nn.functional.pad
+batch = {"input_ids": rows, "labels": [pad(x, (1, 1), value=-100) for x in labels.split(254)]}
+batch["attention_mask"] = [row.new_ones(row.numel()) for row in rows]
+fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+batch = {
+    key: names["torch"].stack([pad(x, (0, 256 - x.numel()), value=fill[key]) for x in values])
+    for key, values in batch.items()
+}
+with names["torch"].no_grad():
+    own_loss = model(**batch).loss.item()
+
 print("\\n" + json.dumps({
     "guesses": [[guess["token_str"] for guess in best] for best in names["guesses"]],
     "slopes": names["slopes"],
     "plotted": [list(map(float, values)) for values in curve.get_data()],
     "marked": float(training.get_xdata()[0]),
+    "own_loss": own_loss,
+    "row_lengths": [row.numel() for row in rows],
     "tokens": len(labels),
     "labels": labels[labels != -100].tolist(),
     "embeddings": names["embeddings"].tolist(),
@@ -88,6 +107,12 @@ def test_the_plot_has_a_loss_for_each_length_and_marks_that_of_training(result):
     assert len(losses) == len(LENGTHS) and all(map(math.isfinite, losses))
     # Two steps leave a model near a blind guess.
     assert all(0 < loss < math.log(400) + 1 for loss in losses)
+
+
+def test_a_loss_is_the_mean_over_masked_tokens_in_rows_of_that_length(result):
+    full, rest = divmod(result["tokens"], 254)
+    assert result["row_lengths"] == [256] * full + [rest + 2] * bool(rest)
+    assert result["plotted"][1][LENGTHS.index(256)] == pytest.approx(result["own_loss"], rel=1e-5)
 
 
 def test_fifteen_percent_are_masked(result):
