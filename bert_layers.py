@@ -459,11 +459,11 @@ def _save_gradients(ctx, inputs, output):
 
 
 class FirstDerivative(torch.autograd.Function):
-    """Returns the first half of its tensors; to derive it by the second half raises."""
+    """Returns the first three of its tensors; to derive them by the others raises."""
 
     @staticmethod
     def forward(ctx, *tensors):
-        return tensors[: len(tensors) // 2]
+        return tensors[:3]
 
     backward = staticmethod(_no_second_derivative)
 
@@ -478,7 +478,7 @@ def _scale_gradients(ctx, grad, *_):
         scaled = [x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)]
     if torch.is_grad_enabled():
         # create_graph=True. Without it they would pass for constant where they are derived again.
-        scaled = FirstDerivative.apply(*scaled, *saved)
+        scaled = FirstDerivative.apply(*scaled, *saved, grad)
     hidden, weight, bias = scaled
     return hidden, weight if ctx.weight_grad else None, bias, None, None
 
@@ -1259,7 +1259,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         hidden_states, seen = encoded.last_hidden_state, (encoded.hidden_states, encoded.attentions)
         if labels is not None:
             labels = self.labels_of(hidden_states, labels, batch)
-        if batch.labelled_indices is not None and self.head_is_plain():
+        if batch.labelled_indices is not None and self.head_is_plain(hidden_states):
             loss = mean_loss(self.cls(hidden_states, labels), labels, num_items_in_batch)
             return self._finish(MaskedLMLossOutput(loss, *seen), return_dict)
         logits, loss = self.cls(hidden_states), None
@@ -1271,20 +1271,27 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     def labels_of(self, hidden_states: Tensor, labels: Tensor, batch: PackedBatch) -> Tensor:
         """(batch, seqlen) int64 -> the labels of these hidden states, (total,) or (labelled,)."""
-        labels = unpad_input(labels.long().to(hidden_states.device), batch)
+        labels = labels.long().to(hidden_states.device)
+        if batch.rows is not None:
+            # Padding stays there, and labels on it are ignored all the same.
+            labels = labels.masked_fill(batch.rows[0] == 0, -100)
+        labels = unpad_input(labels, batch)
         if batch.labelled_indices is None:
             return labels
         return labels.index_select(0, batch.labelled_indices.to(labels.device))
 
-    def head_is_plain(self) -> bool:
-        """Whether the head is this file's own, so that its loss can be had without logits.
+    def head_is_plain(self, hidden_states: Tensor) -> bool:
+        """Whether the loss of these hidden states can be had without logits, by the head's weights.
 
-        Adapters and BiRNA-BERT's users put other modules there, which give logits only.
+        Adapters and BiRNA-BERT's users put other modules there, which give logits only; hooks on
+        the decoder may make its weight (spectral_norm, pruning) or change its output.
         """
         if not isinstance(self.cls, BertOnlyMLMHead):
             return False
         decoder = self.cls.predictions.decoder
-        return type(decoder) is nn.Linear and operator_takes(decoder.weight, decoder.bias)
+        hooked = decoder._forward_hooks or decoder._forward_pre_hooks
+        plain = type(decoder) is nn.Linear and not hooked
+        return plain and operator_takes(hidden_states, *self.cls.parameters())
 
 
 class BertForSequenceClassification(BertPreTrainedModel):

@@ -98,7 +98,8 @@ def pack_batch(
             zeros anywhere.
         position_ids: (batch, seqlen) or (1, seqlen) int, increasing within a sequence. Distances
             are taken from them. Each 0 begins a new sequence, also where the mask hides it; in a
-            row whose real tokens have no 0, so does the position of the first of them.
+            row whose real tokens have no 0, so does the position of the first of them. A tracer
+            cannot check that they increase.
         labels: (batch, seqlen) int64, -100 where there is no label. Given, `labelled_indices` are
             found too.
 

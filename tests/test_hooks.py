@@ -173,3 +173,26 @@ def test_weights_that_are_no_plain_tensors_take_the_way_through_logits():
     outputs = model(**BATCH, labels=LABELS)
     close(outputs.loss.as_subclass(torch.Tensor), expected)
     assert outputs.logits.shape == ((LABELS != -100).sum(), VOCAB)
+
+
+def test_hooks_on_the_decoder_are_heard_in_training():
+    """The loss without logits read its weight beside them."""
+    model = make(BertForMaskedLM).train()
+    plain = model(**BATCH, labels=LABELS).loss
+    handle = model.get_output_embeddings().register_forward_hook(lambda m, x, y: y * 2)
+    hooked = model(**BATCH, labels=LABELS).loss
+    model.config.sparse_prediction = False
+    close(hooked, model(**BATCH, labels=LABELS).loss)
+    handle.remove()
+    assert not torch.equal(hooked, plain)
+
+
+def test_a_weight_that_a_hook_makes_is_the_one_of_today():
+    model = make(BertForMaskedLM, tie_word_embeddings=False).train()
+    decoder = nn.utils.spectral_norm(model.get_output_embeddings())
+    model(**BATCH, labels=LABELS)
+    with torch.no_grad():
+        decoder.weight_orig.mul_(3)
+    found = model(**BATCH, labels=LABELS).loss
+    model.config.sparse_prediction = False
+    close(found, model(**BATCH, labels=LABELS).loss, factor=2**16)
