@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from mosaic_tools.files import inside, listed_shards, read_json
 
@@ -151,7 +152,7 @@ def files_to_upload(folder: Path) -> list[str]:
     # OpenVINO's weights, which are no pickles.
     exports = [x for x in found if x.parent.name == "openvino"]
     found |= {x.with_suffix(".bin") for x in exports if x.suffix == ".xml"}
-    found |= {x for place in places if own_code(place) for x in place.glob("*.py")}
+    found |= {place / x for place in places for x in own_code(place)}
     found = {x for x in found if x.is_file()}
     files = {x.relative_to(folder).as_posix() for x in found}
     files |= pictures(folder) if "README.md" in files else set()
@@ -161,7 +162,7 @@ def files_to_upload(folder: Path) -> list[str]:
     models = [x for x in places[1:] if (x / "sentence_bert_config.json").is_file()]
     needed = [folder / "README.md"]
     for place in models if routes else [folder]:
-        needed += [place / x for x in ("config.json", *(f"{x}.py" for x in own_code(place)))]
+        needed += [place / x for x in ("config.json", *own_code(place))]
         if (index := place / "model.safetensors.index.json").is_file():
             needed += listed_shards(index)
         elif not list(place.glob("model*.safetensors")):
@@ -219,14 +220,23 @@ def named_modules(place: Path) -> dict[str, str]:
 
 
 def own_code(place: Path) -> set[str]:
-    """Names of the Python modules beside a model that config.json and modules.json name."""
-    named = []
-    for value in (read_json(place / "config.json").get("auto_map") or {}).values():
+    """Names of the Python files beside a model that config.json and modules.json name, and of those
+    that these import. ValueError: auto_map names no classes."""
+    file, named = place / "config.json", []
+    auto_map = read_json(file).get("auto_map") or {}
+    for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
         named += value if isinstance(value, list) else [value]
-    # "org/name--module.Class" is code of another repository; of two tokenizers one may be null.
-    modules = {x.split(".")[0] for x in named if x and "--" not in x}
-    custom = {x.split(".")[0] for x in named_modules(place).values()}
-    return modules | {x for x in custom if (place / f"{x}.py").is_file()}
+    # Of two tokenizers one may be null.
+    named = [x for x in named if x is not None]
+    for x in named:
+        if not (isinstance(x, str) and re.fullmatch(r"(.+--)?\w+\.\w+", x)):
+            raise ValueError(f"{file}: auto_map names {x!r}, expected MODULE.CLASS")
+    # "org/name--module.Class" is code of another repository.
+    names = {f"{x.split('.')[0]}.py" for x in named if "--" not in x}
+    custom = {f"{x.split('.')[0]}.py" for x in named_modules(place).values()}
+    names |= {x for x in custom if (place / x).is_file()}
+    there = [place / x for x in names if (place / x).is_file()]
+    return names | {Path(y).name for x in there for y in get_relative_import_files(x)}
 
 
 def pictures(folder: Path) -> set[str]:

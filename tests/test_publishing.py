@@ -145,6 +145,8 @@ def test_what_training_leaves_in_the_folder_stays_there(hub, vocab, tmp_path):
     # Pickles where others look for files of theirs, and data that no README shows.
     left += ("onnx/optimizer.pt", "onnx/model.pkl", "openvino/pytorch_model.bin")
     left += ("2_Dense/pytorch_model.bin", "step-7-process-0.safetensors")
+    # Nobody's import.
+    left += ("upload.py", "1_Pooling/notes.py")
     write(out, *left, ".env", "token", content=TOKEN)
     publishing.publish(out, "org/name")
     assert set(hub.sent) == expected
@@ -256,6 +258,28 @@ def test_modules_outside_the_folder_are_refused(hub, vocab, tmp_path, name, cont
     write(tmp_path / "other", "config.json", content=TOKEN)
     (out / "linked").symlink_to(tmp_path / "other")
     (out / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        publishing.publish(out, "org/name")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    "auto_map, wrong",
+    [
+        ([1], "1"),
+        (7, "7"),
+        ("x.py", None),
+        ({"AutoModel": "../../x.B"}, "'../../x.B'"),
+        ({"AutoModel": [None, {}]}, "{}"),
+        ({"AutoModel": "bert_layers"}, "'bert_layers'"),
+    ],
+)
+def test_an_auto_map_that_names_no_classes_is_refused(hub, vocab, tmp_path, auto_map, wrong):
+    out = tmp_path / "out"
+    convert(vocab, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    message = "it lacks x.py" if wrong is None else f"auto_map names {wrong}, expected MODULE.CLASS"
     with pytest.raises(ValueError, match=re.escape(message)):
         publishing.publish(out, "org/name")
     assert hub.calls == []
