@@ -11,6 +11,7 @@ refused by the tensors' names; only a head may be new or left over, where a comm
 layout and Composer's checkpoints are for convert_weights.py to read.
 """
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 HERE = str(Path(__file__).resolve().parents[1])
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
@@ -114,6 +116,18 @@ def as_ours(values: dict, source: str):
 # ---- weights ----
 
 
+@contextlib.contextmanager
+def without_report():
+    """Keeps transformers from reporting what it loads, since `check_loaded` does, and knows what is
+    tied or may be new."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load(model_class, source: str, config, other_head: bool = False, flag: str = "", **options):
     """The weights of a folder or Hub id in a model of the class, in float32.
 
@@ -134,16 +148,17 @@ def load(model_class, source: str, config, other_head: bool = False, flag: str =
     if ties:
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-    model, loaded = model_class.from_pretrained(
-        source,
-        config=config,
-        # What AdamW updates; transformers 5 would take the checkpoint's.
-        dtype=torch.float32,
-        # Told apart below.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    with without_report():
+        model, loaded = model_class.from_pretrained(
+            source,
+            config=config,
+            # What AdamW updates; transformers 5 would take the checkpoint's.
+            dtype=torch.float32,
+            # Told apart below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
     is_stored = DECODER not in loaded["missing_keys"]
     if ties:
         loaded["missing_keys"] = set(loaded["missing_keys"]) - {DECODER}

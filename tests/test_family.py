@@ -75,6 +75,19 @@ def stock(tmp_path):
 # ---- what is taken ----
 
 
+def test_what_is_loaded_is_reported_once(capfd):
+    """transformers' report named a tied decoder as missing."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    try:
+        classified(GOLDENS / "mosaic_tiny")
+        assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    out, err = capfd.readouterr()
+    assert out.count("classifier.weight") == 1 and "MISSING" not in out + err
+
+
 @pytest.mark.parametrize("name", ["mosaic_tiny", "dnabert2_tiny"])
 @pytest.mark.parametrize("command", [continued, classified], ids=lambda f: f.__name__)
 def test_published_checkpoints_are_taken_whole(command, name):
