@@ -78,6 +78,8 @@ def native_bf16(use_cpu: bool) -> tuple[bool, str]:
         # transformers counts the emulation of GPUs before Ampere too.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return native, f"native to {name}" if native else f"{name} would emulate bf16"
+    if not torch.accelerator.is_available():
+        return cpu_bf16()
     kind = torch.accelerator.current_accelerator().type
     native = is_torch_bf16_gpu_available()
     return native, f"{kind} has bf16" if native else f"{kind} has no bf16"

@@ -286,10 +286,17 @@ def test_gpus_that_emulate_bf16_do_without(monkeypatch, native):
 @pytest.mark.parametrize("native", [True, False])
 def test_other_accelerators_have_bf16_where_transformers_says_so(monkeypatch, native):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("mps"))
     monkeypatch.setattr(devices, "is_torch_bf16_gpu_available", lambda: native)
     why = "mps has bf16" if native else "mps has no bf16"
     assert devices.native_bf16(use_cpu=False) == (native, why)
+
+
+def test_without_an_accelerator_the_cpu_decides(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(devices, "cpu_bf16", lambda: (True, "so"))
+    assert devices.native_bf16(use_cpu=False) == (True, "so")
 
 
 @pytest.mark.parametrize("command", [train_mlm, finetune], ids=lambda x: x.__name__)
