@@ -26,9 +26,7 @@ from mosaic_tools.callbacks import LogFile
 from mosaic_tools.cards import about_weights, write_card
 from mosaic_tools.classifiers import (
     ClassifierArguments,
-    FinetuneTrainer,
     build_classifier,
-    has_token_types,
     label_ids,
     read_config,
     read_tokenizer,
@@ -43,6 +41,7 @@ from mosaic_tools.glue_tasks import GLUE, TASKS, Task, eval_results, metrics
 from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import given_flags
+from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types
 from mosaic_tools.runs import (
     RESULT,
     RESULTS,
@@ -71,7 +70,7 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         model = build_classifier(model_args, run.start, task, tokenizer, max_length)
         ids, types = task.labels and label_ids(model.config), has_token_types(model.config)
         rows = {x: encode(y, task, ids, tokenizer, max_length, types) for x, y in parts.items()}
-    trainer = FinetuneTrainer(
+    trainer = RecipeTrainer(
         model,
         args,
         DataCollatorWithPadding(tokenizer),
@@ -81,6 +80,8 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         compute_metrics=lambda found: metrics(found.predictions, found.label_ids),
         callbacks=[LogFile()],
     )
+    # Models that take num_items_in_batch ignore it when they classify.
+    trainer.model_accepts_loss_kwargs = False
     backend = attention_backend(model, args)
     trainer.accelerator.print(
         f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"

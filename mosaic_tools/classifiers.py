@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that finetune.py trains, any checkpoint's encoder under a classifier for the task, and
-its trainer.
+"""The model that finetune.py trains: any checkpoint's encoder under a classifier for the task.
 
 A MosaicBERT runs this folder's code, whatever it brings; other models are transformers' own, or
 need --trust_remote_code.
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, Trainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from mosaic_tools import family
 from mosaic_tools.glue_tasks import Task
 from mosaic_tools.labelled_data import fingerprint
-from mosaic_tools.publishing import remove_derived
 from mosaic_tools.recipe import option
-from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
+from mosaic_tools.tokenization import largest_id, load_tokenizer
 
 
 @dataclass
@@ -181,43 +179,3 @@ def draw_classifier(model, new: set[str]):
                 x.normal_(std=getattr(config, "initializer_range", 0.02))
             else:
                 x.zero_()
-
-
-def max_length_of(config, tokenizer, wanted: int) -> int:
-    """Tokens of a row: what is wanted, or as many as a model with positions can read."""
-    if family.is_ours(config):
-        return wanted
-    positions = getattr(config, "max_position_embeddings", wanted)
-    return min(wanted, tokenizer.model_max_length, positions)
-
-
-def has_token_types(config) -> bool:
-    """Whether the model tells the texts of a pair apart by them."""
-    return getattr(config, "type_vocab_size", 0) > 1
-
-
-class FinetuneTrainer(Trainer):
-    """Trainer that decays all parameters, as published, and saves tokenizers that every supported
-    transformers reads."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Models that take num_items_in_batch ignore it when they classify.
-        self.model_accepts_loss_kwargs = False
-
-    def get_decay_parameter_names(self, model):
-        return [name for name, _ in model.named_parameters()]
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        folder = output_dir or self.args.output_dir
-        if self.args.should_save:
-            remove_derived(folder)
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            config, tokenizer = self.model.config, self.processing_class
-            wanted = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-            make_tokenizer_portable(
-                folder,
-                max_length_of(config, tokenizer, wanted),
-                has_token_types(config),
-            )

@@ -11,16 +11,16 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import AutoConfig, AutoModelForMaskedLM, Trainer
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mosaic_tools.callbacks import Later, LogFile, MaskEpoch, StopOnSigterm, Throughput
 from mosaic_tools.checkpoints import COMPLETE, Checkpoints, newest_checkpoint, saving
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
 from mosaic_tools.masking import EndlessStream, MaskingCollator
-from mosaic_tools.publishing import remove_derived
 from mosaic_tools.recipe import DataArguments, ModelArguments
-from mosaic_tools.tokenization import has_vocabulary_of, largest_id, make_tokenizer_portable
+from mosaic_tools.recipe_trainer import RecipeTrainer
+from mosaic_tools.tokenization import has_vocabulary_of, largest_id
 
 # Every evaluation masks the same tokens, whatever the training seed.
 EVALUATION_SEED = 17
@@ -86,12 +86,11 @@ def continued_model(args: ModelArguments, tokenizer, max_seq_length: int):
     return model
 
 
-class MlmTrainer(Trainer):
-    """Trainer for rows of token ids, in training and evaluation masked each in its own way.
+class MlmTrainer(RecipeTrainer):
+    """RecipeTrainer for rows of token ids, in training and evaluation masked each in its own way.
 
-    Decays all parameters, as published; reads streams by process and resumes them in their place;
-    logs throughput; stops where the loss is not finite or has risen by more than `divergence`, with
-    the batch saved; saves tokenizers that every supported transformers reads.
+    Reads streams by process and resumes them in their place; logs throughput; stops where the loss
+    is not finite or has risen by more than `divergence`, with the batch saved.
 
     What the host reads of a GPU in a step: the loss of the micro-batch before, and with several
     processes the SIGTERM flag of the step before, each by an event, so that it waits for nothing
@@ -129,9 +128,6 @@ class MlmTrainer(Trainer):
         )
         # transformers' BERT takes num_items_in_batch and ignores it.
         self.model_accepts_loss_kwargs = is_ours(model.config)
-
-    def get_decay_parameter_names(self, model):
-        return [name for name, _ in model.named_parameters()]
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.resumed_from = resume_from_checkpoint
@@ -225,14 +221,6 @@ class MlmTrainer(Trainer):
             if self.is_world_process_zero():
                 Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
             super()._save_checkpoint(*args, **kwargs)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        folder = output_dir or self.args.output_dir
-        if self.args.should_save:
-            remove_derived(folder)
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            make_tokenizer_portable(folder, self.model.config.max_position_embeddings)
 
 
 def most_likely_tokens(logits, labels):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from mosaic_tools.classifiers import ClassifierArguments, is_trained_on, max_length_of
+from mosaic_tools.classifiers import ClassifierArguments, is_trained_on
 from mosaic_tools.glue_tasks import SEEDS, TASKS, Task
 from mosaic_tools.labelled_data import LabelledDataArguments
 from mosaic_tools.recipe import RecipeArguments, option
+from mosaic_tools.recipe_trainer import max_length_of
 
 # Of one run, and of all in an output folder.
 RESULT, RESULTS = "result.json", "results.json"

@@ -93,13 +93,13 @@ def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch, ca
     """bf16 would round values to eight bits; transformers 4.57 leaves a run's precision behind, and
     a launcher may have set another."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    precisions, train = [], finetune.FinetuneTrainer.train
+    precisions, train = [], finetune.RecipeTrainer.train
 
     def watched(self):
         precisions.append(self.accelerator.mixed_precision)
         return train(self)
 
-    monkeypatch.setattr(finetune.FinetuneTrainer, "train", watched)
+    monkeypatch.setattr(finetune.RecipeTrainer, "train", watched)
     own = write_own(tmp_path / "1", by_age())
     start(model=golden, max_steps=1, cpu_threads=1, bf16=True, **own)
     rows = [{"text": x, "label": 2.5 if " old " in x else 0.5} for x in SENTENCES]

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer of all commands: the recipe's weight decay, and folders that others can read."""
+
+from transformers import Trainer
+
+from mosaic_tools.family import is_ours
+from mosaic_tools.publishing import remove_derived
+from mosaic_tools.tokenization import make_tokenizer_portable
+
+
+class RecipeTrainer(Trainer):
+    """Trainer that decays all parameters, as published, and saves no export of older weights, but
+    tokenizers that every supported transformers reads."""
+
+    def get_decay_parameter_names(self, model):
+        return [name for name, _ in model.named_parameters()]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            remove_derived(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            config, tokenizer = self.model.config, self.processing_class
+            longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            make_tokenizer_portable(
+                folder, max_length_of(config, tokenizer, longest), has_token_types(config)
+            )
+
+
+def max_length_of(config, tokenizer, wanted: int) -> int:
+    """Tokens of a row: what is wanted, or as many as a model with positions can read."""
+    if is_ours(config):
+        return wanted
+    positions = getattr(config, "max_position_embeddings", wanted)
+    return min(wanted, tokenizer.model_max_length, positions)
+
+
+def has_token_types(config) -> bool:
+    """Whether the model tells the texts of a pair apart by them."""
+    return getattr(config, "type_vocab_size", 0) > 1
