@@ -1,8 +1,8 @@
 # make test       creates the environment and runs the tests, without GPU or network
 # make test-slow  compiles every variant of the Triton kernel for four chips, and runs the
 #                 benchmarks at toy size
-# make demo       creates the environment, pre-trains a small model (5 minutes on two cores
-#                 that compute bf16, 8 in float32 on others) and lets it fill masks
+# make demo       creates the environment, pre-trains a small model (6 minutes on two cores
+#                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
 # make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there

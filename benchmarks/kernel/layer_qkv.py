@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -47,7 +48,12 @@ def main():
     with torch.no_grad():
         for row in rows.split(8):
             model(row)
-    qkv = torch.cat(outputs).unflatten(-1, (3, layer.heads, -1)).bfloat16()
+    qkv = rearrange(
+        torch.cat(outputs).bfloat16(),
+        "total (qkv heads head_dim) -> total qkv heads head_dim",
+        qkv=3,
+        heads=layer.heads,
+    )
     torch.save(qkv, args.output)
     q_norm, k_norm, _ = qkv.float().norm(dim=-1).amax((0, 2)).tolist()
     print(json.dumps({"shape": list(qkv.shape), "largest |q|": q_norm, "largest |k|": k_norm}))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch.nn.attention import flex_attention as flex
 
 from benchmarks.kernel.common import assert_correct, cu_seqlens_of, ours, slopes_of
@@ -126,8 +127,9 @@ def set_up_flex(inputs):
         return score - slopes[h] * (i - j).abs()
 
     def attend(mask):
-        q, k, v = leaf.permute(1, 2, 0, 3)[:, None]  # (1, heads, total, head_dim) each
-        return attention(q, k, v, score_mod=score, block_mask=mask)[0].transpose(0, 1)
+        q, k, v = rearrange(leaf, "total qkv heads head_dim -> qkv 1 heads total head_dim")
+        context = attention(q, k, v, score_mod=score, block_mask=mask)
+        return rearrange(context, "1 heads total head_dim -> total heads head_dim")
 
     total = len(leaf)
     return Case(
@@ -158,8 +160,11 @@ def set_up_dense(inputs, attention):
         return bias.masked_fill(~real[:, None, None], -torch.inf).to(shape.dtype)
 
     def attend(bias):
-        q, k, v = padded.permute(2, 0, 3, 1, 4)  # (batch, heads, seqlen, head_dim) each
-        return attention(q, k, v, bias).transpose(1, 2)
+        q, k, v = rearrange(
+            padded, "batch seqlen qkv heads head_dim -> qkv batch heads seqlen head_dim"
+        )
+        context = attention(q, k, v, bias)
+        return rearrange(context, "batch heads seqlen head_dim -> batch seqlen heads head_dim")
 
     return Case(padded, attend, bias, lambda tensor: tensor[row, rank])
 

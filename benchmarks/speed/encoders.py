@@ -34,13 +34,14 @@ if TOY:
 @dataclass(frozen=True)
 class Setting:
     """`attention` is transformers' attn_implementation. `packed`: all rows in one without padding;
-    ours does that by itself."""
+    ours does that by itself. `torch_dropout`: torch's in place of our own for the CPU."""
 
     model: str
     attention: str
     packed: bool = False
     compiled: bool = False
     attention_dropout: float = 0.0
+    torch_dropout: bool = False
 
 
 OURS = "triton" if TOY else "auto"
@@ -48,6 +49,7 @@ OURS = "triton" if TOY else "auto"
 # of the two by itself: their document masks are made here, before the clock starts.
 SETTINGS = {
     "mosaic": Setting("mosaic", OURS, packed=True),
+    "mosaic-torch-dropout": Setting("mosaic", OURS, packed=True, torch_dropout=True),
     "mosaic-compiled": Setting("mosaic", OURS, packed=True, compiled=True),
     "bert": Setting("bert", "sdpa", attention_dropout=0.1),
     "bert-no-dropout": Setting("bert", "sdpa"),
@@ -157,11 +159,15 @@ class Encoder:
 
     def build(self, attention: str):
         """The model with this attention and random weights."""
-        return AutoModelForMaskedLM.from_config(
+        model = AutoModelForMaskedLM.from_config(
             configure(self.setting),
             trust_remote_code=True,
             attn_implementation=attention,
         ).to(DEVICE)
+        for name, x in list(model.named_modules()):
+            if self.setting.torch_dropout and isinstance(x, torch.nn.Dropout):
+                model.set_submodule(name, torch.nn.Dropout(x.p))
+        return model
 
     def autocast(self, dtype=None):
         dtype = dtype or self.dtype
