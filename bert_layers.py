@@ -41,6 +41,7 @@ from transformers.utils import ModelOutput, logging
 from .bert_padding import (
     PackedBatch,
     check_shape,
+    is_abstract,
     is_functorch_wrapped_tensor,
     pack_batch,
     pack_flattened,
@@ -403,8 +404,9 @@ def linear_cross_entropy(
         weight_grad: whether weight is trained.
 
     Returns:
-        loss, a float32 scalar, and its gradients in hidden_states, in their dtype, and in weight
-        (without rows unless weight_grad) and bias, float32; float64 as said above.
+        loss, a scalar, and its gradients in hidden_states, (labelled, dim) in their dtype, in
+        weight, (vocab, dim), or (0, dim) unless weight_grad, and in bias, (vocab,); all but the
+        second in float32, or float64 as said above.
     """
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     narrow_weight, narrow_bias = weight.to(hidden_states.dtype), bias.to(hidden_states.dtype)
@@ -539,9 +541,10 @@ class LayerNorm(nn.LayerNorm):
 class Dropout(nn.Dropout):
     """Dropout that spends 16 random bits on an element on a CPU, outside torch.compile.
 
-    torch draws them one by one there, which took 8 % of a training step in float32 and 14 % in
-    bfloat16 (benchmarks/results/profile_step.jsonl). p is rounded to a multiple of 2^-16, and what
-    is kept is scaled for the rounded p.
+    torch draws them one by one there: a training step at base size takes 4 to 6 % longer with it in
+    float32, 5 to 7 % in bfloat16 (two cores of an AMD EPYC with AVX512-BF16, torch 2.13;
+    "mosaic-torch-dropout" in benchmarks/results/pretraining.jsonl). p is rounded to a multiple of
+    2^-16, and what is kept is scaled for the rounded p.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -592,9 +595,17 @@ LABELS = "load the model with num_labels=, or leave the label out by -100"
 
 
 def check_ids(name: str, ids: Tensor, count: int, hint: str):
-    """ValueError for ids outside 0..count - 1; only where looking costs no synchronisation."""
-    recorded = torch.compiler.is_compiling() or tracing() or under_vmap(ids)
-    if ids.is_cpu and ids.numel() and not recorded:
+    """Refuses ids that nothing is stored for, where looking costs no synchronisation: on a CPU.
+
+    Args:
+        name: of the argument. ids: of any shape, int64. count: of the ids, which count from 0.
+        hint: what may be wrong.
+
+    Raises:
+        ValueError: an id is outside 0..count - 1.
+    """
+    unknown = torch.compiler.is_compiling() or tracing() or is_abstract(ids) or under_vmap(ids)
+    if ids.is_cpu and ids.numel() and not unknown:
         low, high = (x.item() for x in ids.aminmax())
         if low < 0 or high >= count:
             raise ValueError(
@@ -851,7 +862,8 @@ def find_sequences(
 
     Raises:
         TypeError: a name that is in none of the tables.
-        ValueError: one that is refused, or inputs that contradict each other.
+        ValueError: one that is refused, or inputs that contradict each other, which `check_bounds`
+            sees on a CPU only.
     """
     for name, value in extras.items():
         if name not in (*MEANINGLESS, *REFUSED, *BOUNDS):
@@ -878,7 +890,13 @@ def find_sequences(
 
 
 def check_bounds(batch: PackedBatch, tokens: Tensor, position_ids: Tensor | None, bounds: dict):
-    """ValueError unless all that a flattening collator says tells of the same sequences."""
+    """ValueError unless a flattening collator's bounds tell of the same sequences as `batch` does.
+
+    Args:
+        batch: of these tokens, by position_ids or by cu_seq_lens_q.
+        tokens: (1, total) or (1, total, dim). position_ids: (1, total), or None.
+        bounds: those of BOUNDS that were given; max_length_k is not looked at.
+    """
     told = {"cu_seq_lens_k": bounds.get("cu_seq_lens_k")}
     if "seq_idx" in bounds:
         changes = bounds["seq_idx"].flatten().diff().nonzero().squeeze(1) + 1
@@ -1045,10 +1063,13 @@ class BertModel(BertPreTrainedModel):
         return self._finish(output, return_dict)
 
     def embed(self, input_ids, token_type_ids, inputs_embeds, batch: PackedBatch) -> Tensor:
-        """The embeddings of the real tokens, (total, dim).
+        """The embeddings of the real tokens, (total, dim); arguments as in `forward`.
 
-        Hooks on the embeddings, as NEFTune's or Captum's, expect to see (batch, seqlen, dim): where
-        there are any, padding is embedded too, as id 0, and then left out.
+        Forward hooks on the embeddings' modules, as NEFTune's or Captum's, expect to see (batch,
+        seqlen, dim): where there are any, padding is embedded too, as id 0, and then left out.
+
+        Raises:
+            ValueError: ids without embedding, on a CPU.
         """
         inputs = [input_ids, token_type_ids, inputs_embeds]
         inputs = [x if x is None else unpad_input(x, batch) for x in inputs]
@@ -1232,8 +1253,9 @@ class BertForMaskedLM(BertPreTrainedModel):
             MaskedLMOutput: loss, float32 scalar; logits (batch, seqlen, vocab), zeros at padding.
             MaskedLMLossOutput, which has no logits, in training with labels and
             `config.sparse_prediction`, unless hidden states are asked for. Where the head is not
-            this file's own (adapters, quantized weights), and under torch.func, logits are then
-            those of the labelled tokens, (labelled, vocab) in row-major order.
+            this file's own (adapters, quantized weights, hooks on the decoder), and under
+            torch.func, logits are then those of the labelled tokens, (labelled, vocab) in row-major
+            order.
 
         Raises:
             ValueError: labels of the wrong shape, and what `BertModel.forward` refuses.

@@ -3,7 +3,8 @@
 
 `pack_batch` reads the attention mask and position ids and says where the real tokens are and which
 of them form a sequence; `unpad_input` and `pad_input` move tensors between (batch, seqlen, ...) and
-(total, ...). Where values cannot be asked for, under a tracer and on meta, padding stays, masked.
+(total, ...). Where values cannot be asked for, under a tracer, on meta and under FakeTensorMode,
+padding stays, masked.
 Legend: total = tokens that are not padding; a row may hold several sequences, or none.
 """
 
@@ -21,6 +22,12 @@ except ImportError:  # torch's own, which a release may rename: torch.func is re
         return False
 
 
+try:
+    from torch._subclasses import FakeTensor
+except ImportError:
+    FakeTensor = ()
+
+
 class PackedBatch(NamedTuple):
     """Where the tokens of a padded batch are, once padding is gone.
 
@@ -29,7 +36,7 @@ class PackedBatch(NamedTuple):
         indices: (total,) int64, each token's place in the flattened (batch * seqlen) rows, or None:
             nothing is padding.
         cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is
-            empty.
+            empty. None where there are `rows`.
         max_seqlen: tokens in the longest sequence.
         positions: (total,) int32, distance of each token from the first of its sequence, or None:
             its index there.
@@ -44,7 +51,7 @@ class PackedBatch(NamedTuple):
     batch_size: int
     seqlen: int
     indices: Tensor | None
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | None
     max_seqlen: int
     positions: Tensor | None = None
     labelled_indices: Tensor | None = None
@@ -113,7 +120,7 @@ def pack_batch(
     check_shape("labels", labels, (batch, seqlen))
     if seqlen == 0:
         raise ValueError(f"the batch has no tokens: its shape is {tuple(tokens.shape)}")
-    if tracing() or tokens.device.type == "meta":
+    if tracing() or is_abstract(tokens):
         rows = _mark_sequences(tokens, attention_mask, position_ids)
         return PackedBatch(batch, seqlen, None, None, seqlen, rows=rows)
     if attention_mask is None and position_ids is None and labels is None:
@@ -140,10 +147,15 @@ def pack_flattened(
         labels: as in `pack_batch`.
 
     Raises:
-        ValueError: a shape does not fit, or (on a CPU, where looking costs no synchronisation) the
-            bounds are none.
+        ValueError: a shape does not fit, or the bounds do not rise from 0 to total or exceed
+            max_seqlen. (Values are looked at on a CPU only, where that costs no synchronisation,
+            and outside torch.compile.)
     """
     seqlen = tokens.shape[1]
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,)"
+        )
     check_shape("labels", labels, (1, seqlen))
     cu_seqlens = cu_seqlens.int()
     if max_seqlen is None:
@@ -171,13 +183,20 @@ def packed_before(
     more would wait for the device.
 
     Raises:
-        ValueError: a mask or position ids beside it, another shape than that of the tokens, or a
-            tracer.
+        ValueError: a mask or position ids beside it, fields missing or unknown, another shape than
+            that of the tokens, or a tracer.
     """
     if not (attention_mask is None and position_ids is None):
         raise ValueError("give batch, or attention_mask and position_ids, not both")
     if isinstance(batch, Mapping):
-        batch = PackedBatch(**{OLD_FIELDS.get(name, name): x for name, x in batch.items()})
+        fields = {OLD_FIELDS.get(name, name): x for name, x in batch.items()}
+        required = set(PackedBatch._fields) - set(PackedBatch._field_defaults)
+        if not required <= set(fields) <= set(PackedBatch._fields):
+            raise ValueError(
+                f"batch has the fields {', '.join(map(str, batch))}, expected those of "
+                f"PackedBatch: {', '.join(PackedBatch._fields)}"
+            )
+        batch = PackedBatch(**fields)
     else:
         batch = PackedBatch(*batch)
     if tracing() and batch.rows is None:
@@ -200,6 +219,11 @@ def tracing() -> bool:
     # Dynamo before torch 2.13 takes is_exporting() for true in torch.compile too, but not its flag.
     exporting = exporting and getattr(torch.compiler, "_is_exporting_flag", True)
     return exporting or torch.jit.is_tracing()
+
+
+def is_abstract(x: Tensor) -> bool:
+    """Whether x has a shape and no values: on meta, or under FakeTensorMode."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def under_vmap(x: Tensor | None) -> bool:

@@ -84,6 +84,8 @@ BOUNDS = torch.tensor([0, 3, 8], dtype=torch.int32)
     [
         ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to 8, got .0, 3, 7."),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise from 0 to 8"),
+        ({"cu_seq_lens_q": BOUNDS[None]}, r"cu_seqlens has shape \(1, 3\), expected"),
+        ({"cu_seq_lens_q": BOUNDS[:0]}, r"cu_seqlens has shape \(0,\), expected"),
         ({"max_length_q": 4}, "max_seqlen is 4, the longest sequence 5"),
         ({"cu_seq_lens_k": torch.tensor([0, 4, 8])}, "cu_seq_lens_k tells of .*0, 4.*0, 3"),
         ({"seq_idx": torch.tensor([[0] * 5 + [1] * 3])}, "seq_idx tells of .*0, 5.*0, 3"),

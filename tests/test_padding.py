@@ -125,3 +125,12 @@ def test_names_that_fields_had_before_are_read():
     old |= {"batch": old.pop("batch_size"), "labelled": old.pop("labelled_indices")}
     again = packed_before(old, ids, None, None)
     assert again.batch_size == 2 and torch.equal(again.labelled_indices, batch.labelled_indices)
+
+
+def test_a_mapping_of_other_fields_is_refused():
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    fields = pack_batch(ids)._asdict()
+    lacking = {name: x for name, x in fields.items() if name != "seqlen"}
+    for wrong in (fields | {"seqlens": 3}, lacking):
+        with pytest.raises(ValueError, match="batch has the fields batch_size, .*, expected those"):
+            packed_before(wrong, ids, None, None)

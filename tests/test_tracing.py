@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from models import HEADS, close, collate, make, make_batch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from mosaic_bert.bert_layers import BertForMaskedLM, BertForMultipleChoice, BertModel
 
@@ -155,3 +156,18 @@ def test_meta_gives_shapes_with_and_without_a_mask(cls, masked):
         model.to("meta")(**batch).to_tuple(), make(cls)(**BATCH).to_tuple(), strict=True
     ):
         assert x.is_meta and x.shape == y.shape
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_fake_tensors_tell_all_shapes(cls):
+    """As tools that plan memory ask for them. A mask raised, since its tokens cannot be counted."""
+    model = make(cls)
+    inputs = {name: x.clone() for name, x in BATCH.items()}
+    if cls is BertForMultipleChoice:
+        inputs = {name: x[:, None] for name, x in inputs.items()}
+    expected = outputs_of(model(**inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = outputs_of(model(**{name: mode.from_tensor(x) for name, x in inputs.items()}))
+    assert len(found) == len(expected) >= 1
+    for x, y in zip(found, expected, strict=True):
+        assert isinstance(x, FakeTensor) and x.shape == y.shape and x.dtype == y.dtype
