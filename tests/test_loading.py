@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading, saving and reloading through transformers' own machinery, as a user of the Hub does."""
 
-import inspect
 import json
 import shutil
 
@@ -15,8 +14,7 @@ from models import make, make_batch, make_labels
 from safetensors.torch import save_file
 from training import write_vocab
 
-from mosaic_bert import bert_layers, configuration_bert
-from mosaic_bert.configuration_bert import MosaicBertConfig
+from mosaic_bert import bert_layers
 
 AUTO_MAP = json.loads((ROOT / "config.json").read_text())["auto_map"]
 AUTO_CLASSES = sorted(set(AUTO_MAP) - {"AutoConfig"})
@@ -66,19 +64,6 @@ def assert_near(candidate, expected):
     assert candidate.shape == expected.shape and candidate.isfinite().all()
     largest = expected.abs().max()
     assert (candidate - expected).abs().max() <= 2**10 * torch.finfo(torch.float32).eps * largest
-
-
-def test_config_json_is_mosaic_bert_base_and_names_every_class_that_exists():
-    config = transformers.AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
-    with torch.device("meta"):
-        model = transformers.AutoModelForMaskedLM.from_config(config, trust_remote_code=True)
-    # transformers 5.0 leaves the decoder untied on meta.
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    sizes.pop("cls.predictions.decoder.weight", None)
-    assert sum(sizes.values()) == 137_400_384
-    layers = inspect.getmodule(type(model))
-    classes = {x for x in vars(layers) if x == "BertModel" or x.startswith("BertFor")}
-    assert {AUTO_MAP[x] for x in AUTO_CLASSES} == {f"bert_layers.{x}" for x in classes}
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
@@ -354,61 +339,7 @@ def test_weights_that_are_offloaded_are_fetched(mosaic, golden):
     )
 
 
-# ---- configurations and code from elsewhere ----
-
-
-def test_a_configuration_of_another_copy_of_the_code_is_used_as_it_is(ours):
-    """It was rebuilt as if it were stock: validated again, and without what was set on it."""
-    config = transformers.AutoConfig.from_pretrained(ours, trust_remote_code=True)
-    assert not isinstance(config, MosaicBertConfig)
-    # What stock accepts, in this order, on every transformers.
-    config.problem_type = "single_label_classification"
-    config.num_labels = 1
-    config.note = object()
-    model = bert_layers.BertForSequenceClassification(config)
-    assert model.config is config and model.config.note is config.note
-    assert model.classifier.out_features == 1
-
-
-def test_a_configuration_of_an_older_copy_gets_defaults(ours):
-    config = transformers.AutoConfig.from_pretrained(ours, trust_remote_code=True)
-    del config.sparse_prediction, config.low_precision_layernorm
-    assert bert_layers.BertModel(config).config.sparse_prediction is True
-    assert config.low_precision_layernorm is False
-
-
-def test_a_stock_configuration_is_converted_whole(ours):
-    config = transformers.BertConfig.from_pretrained(ours, num_hidden_layers=1)
-    config.problem_type = "single_label_classification"
-    config.num_labels = 1
-    config.note = ["kept"]
-    model = bert_layers.BertForSequenceClassification(config)
-    assert isinstance(model.config, MosaicBertConfig) and model.config.note == ["kept"]
-    assert model.config.num_hidden_layers == model.config.num_labels == 1
-    # MosaicBERT's own default is 0.
-    assert model.config.attention_probs_dropout_prob == config.attention_probs_dropout_prob
-    assert type(config) is transformers.BertConfig
-
-
-def test_a_checkpoint_says_which_version_of_the_code_saved_it(tmp_path):
-    make(bert_layers.BertModel).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    beside_the_model = json.loads((ROOT / "config.json").read_text())
-    assert written["mosaic_bert_version"] == configuration_bert.VERSION
-    assert beside_the_model["mosaic_bert_version"] == configuration_bert.VERSION
-
-
-@pytest.mark.parametrize(
-    "version, remarks", [("0.0.9", 0), ("0.1.0", 0), ("0.1.1", 1), ("0.10.0", 1), ("2.0.0.dev1", 1)]
-)
-def test_code_older_than_the_checkpoint_is_remarked_on(monkeypatch, version, remarks):
-    said = []
-    monkeypatch.setattr(configuration_bert, "VERSION", "0.1.0")
-    monkeypatch.setattr(configuration_bert.logger, "warning", said.append)
-    config = MosaicBertConfig(mosaic_bert_version=version)
-    assert len(said) == remarks and all(version in x and "0.1.0" in x for x in said)
-    # What this code saves is of its own version.
-    assert config.mosaic_bert_version == "0.1.0"
+# ---- code from elsewhere ----
 
 
 def test_files_in_a_package_of_ones_own_save_a_folder_that_loads(golden, tmp_path):
