@@ -223,7 +223,8 @@ def tracing() -> bool:
 
 def is_abstract(x: Tensor) -> bool:
     """Whether x has a shape and no values: on meta, or under FakeTensorMode."""
-    return x.is_meta or isinstance(x, FakeTensor)
+    # Not is_meta, which makes a graph of torch.compile more.
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
 
 
 def under_vmap(x: Tensor | None) -> bool:
