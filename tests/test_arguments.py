@@ -113,7 +113,9 @@ def test_positions_may_begin_anywhere(start):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("positions", [[2, 3, 1, 2], [2, 3, 3, 4], [0, 2, 1, 3], [5, 4, 3, 2]])
+@pytest.mark.parametrize(
+    "positions", [[2, 3, 1, 2], [2, 3, 3, 4], [0, 2, 1, 3], [5, 4, 3, 2], [0, 1, 2, -1]]
+)
 def test_other_falls_and_repeats_of_positions_raise(positions):
     with pytest.raises(ValueError, match="position_ids must increase within a sequence"):
         pack_batch(torch.zeros(1, 4), position_ids=torch.tensor([positions]))

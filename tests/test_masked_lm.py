@@ -198,6 +198,15 @@ def test_labels_on_padding_are_ignored(training):
     assert torch.equal(model(**batch, labels=everywhere).loss, model(**batch, labels=labels).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_may_be_of_narrower_integers(training, dtype):
+    model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)
+    labels = make_labels(batch)
+    found = model(**batch, labels=labels.to(dtype)).loss
+    assert torch.equal(found, model(**batch, labels=labels).loss)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_num_items_in_batch_divides_the_sum(training):
     model, batch = make(BertForMaskedLM).train(training), make_batch(4, 8)

@@ -154,6 +154,15 @@ def test_the_config_decides_what_arguments_leave_open(setting):
         assert len(outputs.hidden_states) == 3
 
 
+def test_hidden_states_that_the_config_asks_for_come_in_training_too():
+    model, batch = make(BertForMaskedLM).train(), make_batch(3, 6)
+    expected = model(**batch, labels=make_labels(batch)).loss
+    model.config.output_hidden_states = True
+    outputs = model(**batch, labels=make_labels(batch))
+    close(outputs.loss, expected)
+    assert [x.shape for x in outputs.hidden_states] == [(2, 6, 64)] * 3
+
+
 def test_positional_order_is_transformers_own():
     """Published, the second argument was token_type_ids: silent nonsense."""
     model, batch = make(BertForMaskedLM), make_batch(3, 6)

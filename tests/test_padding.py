@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """bert_padding: integers, so exact."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from accelerate.utils import send_to_device
 
-from mosaic_bert.bert_padding import pack_batch, packed_before, pad_input, unpad_input
+from mosaic_bert.bert_padding import (
+    PackedBatch,
+    pack_batch,
+    pack_flattened,
+    packed_before,
+    pad_input,
+    unpad_input,
+)
 
 MASKS = {
     "right": [[1, 1, 1, 0], [1, 0, 0, 0]],
@@ -105,6 +114,7 @@ def test_a_packed_batch_moves_to_a_device_with_its_numbers():
         ),
         ("attention_mask", torch.ones(2, 1, 1, 4), "attention_mask has shape"),
         ("attention_mask", torch.full((2, 4), -1e4), "attention_mask holds -10000"),
+        ("attention_mask", torch.tensor([[1, 1, 2, 2]] * 2), "attention_mask holds 2, expected 1"),
         ("position_ids", torch.zeros(4), r"position_ids has shape \(4,\), expected \(2, 4\) or"),
         ("position_ids", torch.tensor([[0, 1, 1, 2]]), "position_ids must increase"),
         ("tokens", torch.zeros(2, 0), r"no tokens: its shape is \(2, 0\)"),
@@ -114,6 +124,25 @@ def test_a_packed_batch_moves_to_a_device_with_its_numbers():
 def test_bad_input_is_refused_with_the_numbers(name, value, message):
     with pytest.raises(ValueError, match=message):
         pack_batch(**{"tokens": torch.zeros(2, 4), name: value})
+
+
+def test_bounds_take_labels_of_their_row_only():
+    """A flat row's first label would be taken for all."""
+    ids, bounds = torch.zeros(1, 4), torch.tensor([0, 3, 4])
+    labels = torch.tensor([[-100, 5, -100, 0]])
+    assert pack_flattened(ids, bounds, labels=labels).labelled_indices.tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"labels has shape \(4,\), expected \(1, 4\)"):
+        pack_flattened(ids, bounds, labels=labels[0])
+
+
+def test_a_batch_of_a_former_copy_of_this_module_is_read_as_todays():
+    """It had fewer fields, and some by other names."""
+    ids = torch.zeros(2, 3)
+    batch = pack_batch(ids, torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    former = namedtuple("PackedBatch", "batch seqlen indices cu_seqlens max_seqlen")(*batch[:5])
+    again = packed_before(former, ids, None, None)
+    assert type(again) is PackedBatch and again[:2] == (2, 3) and again.rows is None
+    assert again.cu_seqlens.tolist() == [0, 2, 3] and again.labelled_indices is None
 
 
 def test_names_that_fields_had_before_are_read():

@@ -149,8 +149,13 @@ def test_a_global_batch_is_split_over_devices_and_micro_batches(rows, devices, m
 
 @pytest.mark.parametrize(
     ("rows", "devices", "max_rows", "near"),
-    [(4096, 3, 64, "4095 or 4104"), (4, 8, 64, "8"), (254, 2, 64, "252 or 256")],
-    ids=["3 devices", "fewer rows than devices", "127 is prime"],
+    [
+        (4096, 3, 64, "4095 or 4104"),
+        (4, 8, 64, "8"),
+        (254, 2, 64, "252 or 256"),
+        (26, 1, 6, "25 or 27"),
+    ],
+    ids=["3 devices", "fewer rows than devices", "127 is prime", "a third, beside a half"],
 )
 def test_an_impossible_split_is_refused_with_the_nearest(rows, devices, max_rows, near):
     message = f"global_batch_size {rows} .* {devices} devices .* at most {max_rows} .*is ({near})$"
