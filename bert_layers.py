@@ -154,8 +154,6 @@ def sdpa_varlen(
     that kernel lacks, the probabilities.
     """
     lengths = cu_seqlens.diff().tolist()
-    if not lengths:
-        return qkv[:, 0].clone()
     # With gaps every sequence has distances of its own, and is a run of its own.
     runs = itertools.groupby(lengths) if positions is None else [(n, [n]) for n in lengths]
     runs = [(seqlen, len(list(run))) for seqlen, run in runs]
