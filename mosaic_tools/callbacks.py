@@ -186,36 +186,52 @@ class LogFile(TrainerCallback):
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-def draw_training(log_history: list[dict], path: Path, title: str):
-    """A picture of loss, masked accuracy, learning rate and tokens/s against the step."""
+# What pictures show: keys of the log by the label of their panel, and what keys with company are.
+OF_PRETRAINING = {
+    "loss (nats)": ("loss", "eval_loss"),
+    "masked tokens guessed": ("eval_masked_accuracy", "eval_commonest_token_accuracy"),
+    "learning rate": ("learning_rate",),
+    "tokens per second": ("tokens_per_second",),
+}
+OF_EMBEDDINGS = {
+    "loss (nats)": ("loss",),
+    "held out": ("eval_cosine_ndcg@10", "eval_cosine_mrr@10", "eval_spearman_cosine"),
+}
+NAMES = {
+    "loss": "training",
+    "eval_loss": "held out",
+    "eval_masked_accuracy": "the model",
+    "eval_commonest_token_accuracy": "always the commonest token",
+    "eval_cosine_ndcg@10": "nDCG@10",
+    "eval_cosine_mrr@10": "MRR@10",
+    "eval_spearman_cosine": "Spearman correlation",
+}
+
+
+def draw_training(
+    log_history: list[dict],
+    path: Path,
+    title: str,
+    panels: dict[str, tuple[str, ...]] = OF_PRETRAINING,
+):
+    """A picture of what was logged against the step, two panels in a row."""
     from matplotlib.figure import Figure
 
-    panels = {
-        "loss (nats)": ("loss", "eval_loss"),
-        "masked tokens guessed": ("eval_masked_accuracy", "eval_commonest_token_accuracy"),
-        "learning rate": ("learning_rate",),
-        "tokens per second": ("tokens_per_second",),
-    }
-    names = {
-        "loss": "training",
-        "eval_loss": "held out",
-        "eval_masked_accuracy": "the model",
-        "eval_commonest_token_accuracy": "always the commonest token",
-    }
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    rows = len(panels) // 2
+    figure = Figure(figsize=(9, 3 * rows), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(2, 2, sharex=True).flat
+    grid = figure.subplots(rows, 2, sharex=True).flat
     for axes, (label, keys) in zip(grid, panels.items(), strict=True):
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
                 marker = "." if len(points) < 30 else ""
-                axes.plot(*zip(*points, strict=True), marker=marker, label=names.get(key))
+                axes.plot(*zip(*points, strict=True), marker=marker, label=NAMES.get(key))
         axes.set_ylabel(label)
         axes.set_ylim(bottom=None if "loss" in label else 0)
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("step")
     figure.savefig(path, dpi=120)

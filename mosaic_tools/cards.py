@@ -67,6 +67,21 @@ mask = inputs["attention_mask"].unsqueeze(-1)
 embeddings = (hidden * mask).sum(1) / mask.sum(1)
 print(embeddings.shape)
 ```"""
+EXAMPLE_OF_RETRIEVAL = """\
+With sentence-transformers, 5 or later:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+# This folder, or its name on the Hub.
+model = SentenceTransformer(".", trust_remote_code=True)
+queries = model.encode_query(["What a text is about"])
+documents = model.encode_document(["A text.", "Another one."])
+print(model.similarity(queries, documents))
+```
+
+config_sentence_transformers.json has the prompts, if there are any. Older versions and servers do
+not put them before texts by themselves."""
 EXAMPLE_WITHOUT_TOKENIZER = """\
 ```python
 import torch
@@ -183,16 +198,20 @@ def write_card(
     task = TASKS.get(ending, "feature-extraction")
     served = architecture == "JinaBertModel"
     of_the_family = served or config["model_type"] == "mosaic_bert"
-    tags = ["mosaic-bert", "alibi", "custom_code", f"arxiv:{PAPER}"] if of_the_family else None
+    retrieves = (folder / "config_sentence_transformers.json").is_file()
+    tags = ["sentence-transformers"] if retrieves else []
+    tags += ["mosaic-bert", "alibi", "custom_code", f"arxiv:{PAPER}"] if of_the_family else []
     data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=tags,
+        library_name="sentence-transformers" if retrieves else "transformers",
+        pipeline_tag="sentence-similarity" if retrieves else task,
+        tags=tags or None,
         model_name=name if metadata.get("eval_results") else None,
         **metadata,
     )
     if served:
         examples = [EXAMPLE_SERVED]
+    elif retrieves:
+        examples = [EXAMPLE_OF_RETRIEVAL]
     elif not (folder / "tokenizer_config.json").is_file():
         examples = [EXAMPLE_WITHOUT_TOKENIZER.format(auto_class=f"AutoModel{ending}")]
     else:

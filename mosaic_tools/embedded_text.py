@@ -3,6 +3,7 @@
 
 A document is a topic of Python's language reference, or all docstrings of a module of the standard
 library. A twentieth of the documents is held out, always the same ones for a given Python.
+Docstrings are pairs too: a summary, and the text that it stands above.
 """
 
 import ast
@@ -24,6 +25,21 @@ def embedded_passages() -> tuple[list[str], list[str]]:
     for name, texts in documents.items():
         new = [text for text in texts if not (text in seen or seen.add(text))]
         (validation if held_out(name, 5) else train).extend(passages(" ".join(new)))
+    return train, validation
+
+
+def embedded_pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training, held-out) pairs of a docstring's summary, a line of its own, and what it says
+    below it. No text occurs twice, and a file's pairs are on the side that its passages are on."""
+    train, validation, seen = [], [], set()
+    for name, texts in module_docstrings().items():
+        for text in texts:
+            summary, _, body = text.partition("\n\n")
+            pair = summary.strip(), " ".join(body.split())
+            is_long = len(pair[0].split()) >= 3 and len(pair[1].split()) >= 8
+            if is_long and "\n" not in pair[0] and seen.isdisjoint(pair):
+                seen.update(pair)
+                (validation if held_out(name, 5) else train).append(pair)
     return train, validation
 
 

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from mosaic_tools.callbacks import Later, LogFile, MaskEpoch, StopOnSigterm, Throughput
-from mosaic_tools.checkpoints import COMPLETE, Checkpoints, newest_checkpoint, saving
+from mosaic_tools.checkpoints import Checkpoints, newest_checkpoint
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
 from mosaic_tools.masking import EndlessStream, MaskingCollator
@@ -215,12 +215,7 @@ class MlmTrainer(RecipeTrainer):
     def _save_checkpoint(self, *args, **kwargs):
         # No checkpoint of weights that a loss that is not finite has reached.
         self.check_loss()
-        name = f"checkpoint-{self.state.global_step}"
-        with saving(name, self.args.output_dir):
-            # Written again, it is not complete until it is.
-            if self.is_world_process_zero():
-                Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
-            super()._save_checkpoint(*args, **kwargs)
+        super()._save_checkpoint(*args, **kwargs)
 
 
 def most_likely_tokens(logits, labels):

@@ -87,7 +87,7 @@ def remove_derived(folder: str | Path):
 def publish(
     folder: str | Path, repo_id: str, private: bool = False, revision: str | None = None
 ) -> str:
-    """Uploads a folder that convert_weights.py, train_mlm.py or finetune.py wrote, in one commit.
+    """Uploads a folder that a command of this package wrote, in one commit.
 
     The token is the one that huggingface_hub finds (`hf auth login`, HF_TOKEN).
 

@@ -241,7 +241,8 @@ class RecipeArguments(TrainingArguments):
             "non_blocking": True,
         }
         # transformers 5.0 would put it in place of warmup_steps; get_warmup_steps has it here.
-        ratio, self.warmup_ratio = self.warmup_ratio, getattr(TrainingArguments, "warmup_ratio", 0)
+        ratio, default = self.warmup_ratio, getattr(TrainingArguments, "warmup_ratio", None)
+        self.warmup_ratio = default
         super().__post_init__()
         self.warmup_ratio = ratio
         if chosen and self.world_size > 1:
@@ -319,9 +320,11 @@ def try_split(rows: int, devices: int, max_rows: int) -> tuple[int, int] | None:
     return (micro, share // micro) if 2 * micro >= min(max_rows, share) else None
 
 
-def parse(argv: list[str]):
+PRETRAINING = (ModelArguments, TokenizerArguments, DataArguments, PretrainingArguments)
+
+
+def parse(argv: list[str], groups: tuple[type, ...] = PRETRAINING):
     """The groups of arguments, from `[recipe.yaml] [--flag value ...]`; flags come last and win."""
-    groups = (ModelArguments, TokenizerArguments, DataArguments, PretrainingArguments)
     if argv and argv[0].endswith((".yaml", ".yml")):
         known = {
             name.removeprefix("--")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer of all commands: the recipe's weight decay, and folders that others can read."""
 
+from pathlib import Path
+
 from transformers import Trainer
 
+from mosaic_tools.checkpoints import COMPLETE, saving
 from mosaic_tools.family import is_ours
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
@@ -14,6 +17,14 @@ class RecipeTrainer(Trainer):
 
     def get_decay_parameter_names(self, model):
         return [name for name, _ in model.named_parameters()]
+
+    def _save_checkpoint(self, *args, **kwargs):
+        name = f"checkpoint-{self.state.global_step}"
+        with saving(name, self.args.output_dir):
+            # Written again, it is not complete until it is.
+            if self.is_world_process_zero():
+                Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
+            super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
         folder = output_dir or self.args.output_dir

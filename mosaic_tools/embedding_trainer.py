@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive training by sentence-transformers: the model, losses, evaluation, and the Trainer.
+
+What is written here joins that library to this package: a MosaicBERT loads whole or not at all, a
+run resumes and stops as the others do, and folders load in old and new versions.
+"""
+
+import copy
+import itertools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from mosaic_tools import family
+from mosaic_tools.callbacks import LogFile, StopOnSigterm
+from mosaic_tools.checkpoints import Checkpoints
+from mosaic_tools.pairs import PairArguments, is_scored
+from mosaic_tools.publishing import write_pooling
+from mosaic_tools.recipe import RecipeArguments, option
+from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, max_length_of
+from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
+
+try:
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+    from sentence_transformers.sentence_transformer.evaluation import (
+        EmbeddingSimilarityEvaluator,
+        InformationRetrievalEvaluator,
+        SequentialEvaluator,
+    )
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        CoSENTLoss,
+        MatryoshkaLoss,
+    )
+    from sentence_transformers.util import mine_hard_negatives
+except ImportError as error:
+    raise ImportError(
+        "train_embeddings.py needs: pip install 'sentence-transformers >= 5.7'"
+    ) from error
+
+# What the evaluation calls them, and what the card does.
+RANKING = {
+    "eval_cosine_ndcg@10": "nDCG@10",
+    "eval_cosine_mrr@10": "MRR@10",
+    "eval_cosine_recall@10": "Recall@10",
+}
+CORRELATION = {"eval_spearman_cosine": "Spearman correlation"}
+
+
+@dataclass
+class EmbedderArguments:
+    """A pre-trained encoder; its mean over a text's tokens becomes the embedding."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = option("", "Hub id or folder of the encoder", aliases=["--model"])
+    tokenizer_name: str | None = option(None, "Hub id, folder or vocab.txt; None: the model's")
+    symmetric: bool = option(False, "find anchors by positives too, not only positives by anchors")
+    matryoshka_dims: list[int] | None = option(
+        None, "first dimensions of an embedding that must do as well alone, such as 64 128 256"
+    )
+    mini_batch_size: int = option(
+        32, "rows that are computed at once, which decides on the memory and not on the result"
+    )
+    low_precision_layernorm: bool = option(
+        True, "of a MosaicBERT: LayerNorm in autocast's dtype, not in float32"
+    )
+    attn_implementation: str | None = option(None, "None: the best that the device has")
+
+
+@dataclass
+class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
+    """RecipeArguments with defaults of contrastive training, and sentence-transformers' own."""
+
+    per_device_train_batch_size: int = option(
+        256, "rows of a step on each device: each has the others for comparison"
+    )
+    learning_rate: float = option(5e-5, "at its peak")
+    max_grad_norm: float = option(1.0, "clips gradients; 0 does not")
+    num_train_epochs: float = 1.0
+    batch_sampler: str = option("no_duplicates", "of sentence-transformers; no text twice")
+    dataloader_drop_last: bool = option(True, "a smaller last batch would be an easier one")
+
+    def __post_init__(self):
+        if self.global_batch_size is not None:
+            raise ValueError(
+                "give --per_device_train_batch_size in place of --global_batch_size: a row is "
+                "compared with those of its batch, which micro-batches would take apart; "
+                "--mini_batch_size saves memory"
+            )
+        super().__post_init__()
+
+
+# ---- model ----
+
+
+def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTransformer:
+    """The encoder, by this folder's code if it is a MosaicBERT, under the mean over all tokens.
+
+    Raises:
+        ValueError: as `family.load`; there is no tokenizer, it has ids that the encoder does not,
+            or a Matryoshka dimension is none of the encoder's.
+    """
+    source = args.model_name_or_path
+    if not source:
+        raise ValueError("give --model_name_or_path, the folder or Hub id of a pre-trained encoder")
+    family.config_values(source)
+    tokenizer = load_tokenizer(args.tokenizer_name or source)
+    encoder = load_encoder(args, tokenizer, data.max_seq_length)
+    if wrong := [x for x in args.matryoshka_dims or [] if not 0 < x <= encoder.config.hidden_size]:
+        raise ValueError(
+            f"matryoshka_dims {', '.join(map(str, wrong))}: {source} has embeddings of "
+            f"{encoder.config.hidden_size} dimensions"
+        )
+    length = max_length_of(encoder.config, tokenizer, data.max_seq_length)
+    # One name, since transformers copies its code to a cache by it.
+    with tempfile.TemporaryDirectory() as folder, family.without_report():
+        place = Path(folder, "encoder")
+        # Not by save_pretrained, which writes in the main process only.
+        encoder.config.save_pretrained(place)
+        if family.is_ours(encoder.config):
+            custom_object_save(encoder, place, config=encoder.config)
+        save_file(encoder.state_dict(), place / "model.safetensors", {"format": "pt"})
+        save_modules(encoder, tokenizer, place, length, data.prompts())
+        embedder = SentenceTransformer(str(place), trust_remote_code=True, device="cpu")
+    # Not the copy, which may have a new pooler.
+    embedder[0].model = encoder
+    return embedder
+
+
+def load_encoder(args: EmbedderArguments, tokenizer, max_seq_length: int):
+    """The checkpoint's encoder without a head or pooler."""
+    source = args.model_name_or_path
+    values = family.config_values(source)
+    if family.is_of_family(values):
+        config = family.as_ours(values, source)
+        config.attention_probs_dropout_prob = 0.0
+        config.low_precision_layernorm = args.low_precision_layernorm
+        config.pad_token_id = tokenizer.pad_token_id
+        length = max(config.alibi_starting_size, max_seq_length)
+        config.alibi_starting_size = config.max_position_embeddings = length
+        model_class, options = family.model_class("AutoModel"), {"add_pooling_layer": False}
+    else:
+        config, model_class, options = AutoConfig.from_pretrained(source), AutoModel, {}
+    if largest_id(tokenizer) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest_id(tokenizer)}, {source} a vocabulary of "
+            f"{config.vocab_size}: give the --tokenizer_name that it was trained with"
+        )
+    options["attn_implementation"] = args.attn_implementation
+    encoder, _ = family.load(model_class, source, config, other_head=True, **options)
+    if hasattr(encoder, "pooler"):
+        encoder.pooler = None
+    return encoder
+
+
+def save_modules(encoder, tokenizer, folder, max_seq_length: int, prompts: dict[str, str]):
+    """What makes an encoder's folder a SentenceTransformer, in the forms of old versions of the
+    library, which new ones read too."""
+    tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder, max_seq_length, has_token_types(encoder.config))
+    write_pooling(folder, encoder.config.hidden_size, max_seq_length)
+    settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    file = Path(folder, "config_sentence_transformers.json")
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# ---- data ----
+
+
+def with_negatives(sources: dict, count: int, embedder, batch_size: int) -> dict:
+    """Each pair with `count` hard negatives, by sentence-transformers' miner, which leaves out
+    pairs that have fewer. ValueError: there is a source that they do not suit."""
+    for name, rows in sources.items():
+        if is_scored(rows) or len(rows.column_names) > 2:
+            raise ValueError(
+                f"{name} has the columns {', '.join(rows.column_names)}: --mine_hard_negatives is "
+                "for pairs, leave it out or the other columns"
+            )
+        if (texts := len(set(rows["positive"]))) <= count:
+            raise ValueError(f"{name} has {texts} texts: --mine_hard_negatives {count} needs more")
+    return {
+        name: mine_hard_negatives(
+            rows, embedder, num_negatives=count, output_format="n-tuple", batch_size=batch_size,
+            verbose=False,
+        )
+        for name, rows in sources.items()
+    }  # fmt: skip
+
+
+def check_batch(sources: dict, rows: int, devices: int):
+    """ValueError: a source has not as many batches of so many rows, without a text twice, as there
+    are devices."""
+    for name, source in sources.items():
+        sampler = NoDuplicatesBatchSampler(
+            source, rows, drop_last=True, valid_label_columns=["score"], generator=torch.Generator()
+        )
+        if len(list(itertools.islice(sampler, devices))) < devices:
+            raise ValueError(
+                f"{name} has {len(source)} rows, too few for a batch of {rows} on each of "
+                f"{devices} device(s) that has no text twice: lower --per_device_train_batch_size"
+            )
+
+
+def prompts_of_columns(sources: dict, data: PairArguments) -> dict[str, dict[str, str]]:
+    """For each source and column what is put before its texts. Scored pairs have no roles, and so
+    no prompts."""
+    return {
+        name: {}
+        if is_scored(rows)
+        else {
+            column: data.query_prompt if column == "anchor" else data.document_prompt
+            for column in rows.column_names
+        }
+        for name, rows in sources.items()
+    }
+
+
+# ---- loss and evaluation ----
+
+
+def build_loss(rows, embedder, args: EmbedderArguments, gather: bool):
+    """Of a source: CoSENT for scored pairs, for others cross-entropy over the batch, and over those
+    of all devices if they gather."""
+    if is_scored(rows):
+        loss = CoSENTLoss(embedder)
+    else:
+        both = {
+            "directions": ("query_to_doc", "doc_to_query"),
+            "partition_mode": "per_direction",
+        }
+        loss = CachedMultipleNegativesRankingLoss(
+            embedder,
+            mini_batch_size=args.mini_batch_size,
+            gather_across_devices=gather,
+            **both if args.symmetric else {},
+        )
+    if args.matryoshka_dims:
+        loss = MatryoshkaLoss(embedder, loss, args.matryoshka_dims)
+    return loss
+
+
+def build_evaluator(held_out: dict, batch_size: int) -> SequentialEvaluator:
+    """Retrieval of each held-out pair's positive among all of them by its anchor, and the rank
+    correlation of scored pairs' cosines."""
+    pairs = [x for rows in held_out.values() if not is_scored(rows) for x in rows]
+    scored = [x for rows in held_out.values() if is_scored(rows) for x in rows]
+    options, evaluators = {"batch_size": batch_size, "write_csv": False}, []
+    if pairs:
+        queries = dict.fromkeys(x["anchor"] for x in pairs)
+        documents = dict.fromkeys(x["positive"] for x in pairs)
+        relevant = {text: set() for text in queries}
+        for x in pairs:
+            relevant[x["anchor"]].add(x["positive"])
+        # Each text is its own id.
+        ids = {text: text for text in queries}, {text: text for text in documents}
+        evaluators.append(InformationRetrievalEvaluator(*ids, relevant, **options))
+    if scored:
+        columns = ([x[name] for x in scored] for name in ("sentence1", "sentence2", "score"))
+        evaluators.append(EmbeddingSimilarityEvaluator(*columns, **options))
+    return SequentialEvaluator(evaluators)
+
+
+def baselines(embedder, evaluator: SequentialEvaluator, seed: int) -> dict[str, dict[str, float]]:
+    """What the same evaluation of retrieval finds without training: by the encoder with random
+    weights, and by words alone (TF-IDF). Names are RANKING's."""
+    ranking = evaluator.evaluators[0]
+    if not isinstance(ranking, InformationRetrievalEvaluator):
+        return {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        untrained = copy.deepcopy(embedder)
+        untrained[0].model = type(embedder[0].model)(embedder[0].model.config)
+    by_chance = ranking(untrained.to(embedder.device).eval())
+    return {
+        "random weights": {f"eval_{name}": x for name, x in by_chance.items()},
+        "TF-IDF": tfidf(ranking),
+    }
+
+
+def tfidf(ranking: InformationRetrievalEvaluator) -> dict[str, float]:
+    """The evaluation of cosines between counts of words, weighted by how rare they are."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    documents = vectorizer.fit_transform(ranking.corpus)
+    similarities = (vectorizer.transform(ranking.queries) @ documents.T).toarray()
+    results = [
+        [{"corpus_id": x, "score": y} for x, y in zip(ranking.corpus_ids, row, strict=True)]
+        for row in similarities
+    ]
+    metrics = ranking.compute_metrics(results)
+    return {
+        "eval_cosine_ndcg@10": metrics["ndcg@k"][10],
+        "eval_cosine_mrr@10": metrics["mrr@k"][10],
+        "eval_cosine_recall@10": metrics["recall@k"][10],
+    }
+
+
+# ---- training ----
+
+
+class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
+    """sentence-transformers' Trainer with the habits of this package's: the recipe's weight decay,
+    checkpoints that are known to be whole, a stop on SIGTERM, log.jsonl, folders as
+    `save_modules` writes them."""
+
+    def __init__(self, embedder, args: EmbeddingArguments, train: dict, **kwargs):
+        self.sigterm = StopOnSigterm()
+        super().__init__(
+            embedder,
+            args,
+            train_dataset=train,
+            processing_class=embedder.tokenizer,
+            callbacks=[Checkpoints(streams=False), self.sigterm, LogFile()],
+            **kwargs,
+        )
+
+    def add_model_card_callback(self, default_args_dict):
+        """The card is cards.py's."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        encoder, length = self.model[0].model, self.model.max_seq_length
+        folder = output_dir or self.args.output_dir
+        encoder.save_pretrained(folder)
+        save_modules(encoder, self.processing_class, folder, length, self.model.prompts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+        self.model[0].model.load_state_dict(weights)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""embedding_trainer.py: the encoder is the checkpoint's, the loss is sentence-transformers' own,
+batches hold no text twice and come from one source, and the evaluation counts what it says."""
+
+import datasets
+import pytest
+import torch
+from conftest import run_python
+from embeddings import PAIRS, RUN, SCORED
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CoSENTLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from transformers import AutoModel, AutoTokenizer
+
+from mosaic_tools.embedding_trainer import (
+    EmbedderArguments,
+    EmbeddingArguments,
+    EmbeddingTrainer,
+    baselines,
+    build_embedder,
+    build_evaluator,
+    build_loss,
+    check_batch,
+    prompts_of_columns,
+    tfidf,
+    with_negatives,
+)
+from mosaic_tools.pairs import PairArguments, as_pairs
+
+pytest_plugins = ["finetuning"]
+
+TEXTS = [x["passage"] for x in PAIRS]
+ROWS = as_pairs("pairs", datasets.Dataset.from_list(PAIRS))
+STS = as_pairs("scored", datasets.Dataset.from_list(SCORED))
+
+
+def embedder_of(source, **values):
+    data = PairArguments(max_seq_length=16, query_prompt="the ")
+    return build_embedder(EmbedderArguments(model_name_or_path=str(source), **values), data)
+
+
+@pytest.mark.parametrize("name", ["golden", "stock", "modern"])
+def test_an_embedding_is_the_mean_of_the_checkpoints_hidden_states(name, request):
+    folder = request.getfixturevalue(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"add_pooling_layer": False} if name == "golden" else {}
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    texts = [*TEXTS[:3], "the book"]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        # transformers 4 hands out token types to a ModernBERT, which takes none.
+        hidden = model(inputs["input_ids"], inputs["attention_mask"])[0]
+    mask = inputs["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    embedder = embedder_of(folder).eval()
+    torch.testing.assert_close(torch.from_numpy(embedder.encode(texts)), expected)
+    assert getattr(embedder[0].model, "pooler", None) is None
+
+
+def features(embedder, rows):
+    names = [x for x in rows.column_names if x != "score"]
+    return [embedder.tokenize(list(rows[name])) for name in names]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_the_whole_batch(golden, symmetric):
+    """In mini-batches of 5 rows, by the cached loss; and plainly, by the library's."""
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    grads = []
+    for cached in (True, False):
+        embedder = embedder_of(golden, mini_batch_size=5, symmetric=symmetric).eval()
+        if cached:
+            args = EmbedderArguments(mini_batch_size=5, symmetric=symmetric)
+            function = build_loss(ROWS, embedder, args, gather=False)
+        else:
+            function = MultipleNegativesRankingLoss(embedder, **both if symmetric else {})
+        loss = function(features(embedder, ROWS), None)
+        loss.backward()
+        weight = embedder[0].model.encoder.layer[0].attention.self.Wqkv.weight
+        grads.append((loss.detach(), weight.grad))
+    assert grads[0][0] > 0.1 and grads[0][1].norm() > 0
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_scored_pairs_have_cosent_and_dimensions_matryoshka(golden):
+    embedder = embedder_of(golden).eval()
+    loss = build_loss(STS, embedder, EmbedderArguments(), gather=False)
+    labels = torch.tensor(STS["score"][:])
+    found = loss(features(embedder, STS), labels)
+    assert found == CoSENTLoss(embedder)(features(embedder, STS), labels) and found > 0
+    args = EmbedderArguments(matryoshka_dims=[16, 96])
+    loss = build_loss(ROWS, embedder, args, gather=False)
+    assert isinstance(loss, MatryoshkaLoss) and list(loss.matryoshka_dims) == [96, 16]
+    with pytest.raises(ValueError, match="matryoshka_dims 97: .* has embeddings of 96 dimensions"):
+        embedder_of(golden, matryoshka_dims=[16, 97])
+
+
+def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):
+    embedder = embedder_of(golden)
+    # Every row twice, of which only one can be in a batch.
+    sources = {"twice": datasets.concatenate_datasets([ROWS, ROWS]), "scored": STS}
+    values = {x: y for x, y in RUN.items() if x in ("per_device_train_batch_size", "max_steps")}
+    args = EmbeddingArguments(output_dir=str(tmp_path), bf16=False, use_cpu=True, **values)
+    data = PairArguments(query_prompt="the ", document_prompt="a ")
+    args.prompts = prompts_of_columns(sources, data)
+    losses = {x: build_loss(y, embedder, EmbedderArguments(), False) for x, y in sources.items()}
+    trainer = EmbeddingTrainer(embedder, args, sources, loss=losses)
+    seen, decode = [], embedder.tokenizer.batch_decode
+    for batch in trainer.get_train_dataloader():
+        seen.append(batch["dataset_name"])
+        scored = seen[-1] == "scored"
+        columns = ("sentence1", "sentence2") if scored else ("anchor", "positive")
+        texts = [decode(batch[f"{x}_input_ids"], skip_special_tokens=True) for x in columns]
+        assert len(texts[0]) == 4 and ("label" in batch) == scored
+        assert len({*texts[0], *texts[1]}) == 8 or scored
+        # "the the old man", and "a the old man"; scored pairs have no prompts.
+        starts = [{x.split()[0] + x.split()[1] for x in column} for column in texts]
+        assert scored or starts == [{"thethe"}, {"athe"}]
+        assert not scored or all(not x.startswith(("thethe", "athe")) for x in starts[0])
+    assert seen.count("twice") == 6 and seen.count("scored") == 5
+
+
+def test_a_batch_must_fit_the_data_without_a_text_twice():
+    check_batch({"pairs": ROWS}, 12, 1)
+    check_batch({"pairs": ROWS, "scored": STS}, 6, 2)
+    twice = datasets.concatenate_datasets([ROWS, ROWS])
+    check_batch({"twice": twice}, 12, 2)
+    for rows, batch, devices in ((ROWS, 13, 1), (ROWS, 7, 2), (twice, 13, 1)):
+        with pytest.raises(ValueError, match=f"a batch of {batch} on each of {devices} dev"):
+            check_batch({"pairs": rows}, batch, devices)
+
+
+def test_mined_negatives_are_texts_of_other_pairs(golden):
+    found = with_negatives({"pairs": ROWS}, 2, embedder_of(golden).eval(), 8)["pairs"]
+    assert found.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert len(found) == len(ROWS)
+    positives = dict(zip(ROWS["anchor"], ROWS["positive"], strict=True))
+    for row in found:
+        assert row["positive"] == positives[row["anchor"]]
+        negatives = {row["negative_1"], row["negative_2"]}
+        assert len(negatives) == 2 and negatives <= set(TEXTS) - {row["positive"]}
+    with pytest.raises(ValueError, match="pairs has the columns anchor, positive, negative_1, neg"):
+        with_negatives({"pairs": found}, 1, None, 8)
+    with pytest.raises(ValueError, match="pairs has 12 texts: --mine_hard_negatives 12 needs more"):
+        with_negatives({"pairs": ROWS}, 12, None, 8)
+
+
+def test_the_evaluation_ranks_held_out_texts(golden):
+    """By words alone: a text is first, one second, and one not among the ten that share a word."""
+    texts = [f"epsilon w{i}" for i in range(12)]
+    pairs = [("alpha beta", "alpha beta"), ("alpha", "alpha beta gamma"), ("epsilon w0", "delta")]
+    pairs += [(text.split()[1], text) for text in texts]
+    rows = dict(zip(("anchor", "positive"), zip(*pairs, strict=True), strict=True))
+    evaluator = build_evaluator({"pairs": datasets.Dataset.from_dict(rows)}, 8)
+    found = tfidf(evaluator.evaluators[0])
+    assert found["eval_cosine_mrr@10"] == pytest.approx((13 + 0.5) / 15)
+    assert found["eval_cosine_recall@10"] == pytest.approx(14 / 15)
+    ndcg = (13 + 1 / torch.tensor(3.0).log2().item()) / 15
+    assert found["eval_cosine_ndcg@10"] == pytest.approx(ndcg)
+    embedder = embedder_of(golden).eval()
+    before = {x: y.clone() for x, y in embedder.state_dict().items()}
+    state = torch.get_rng_state()
+    found = baselines(embedder, evaluator, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(y, before[x]) for x, y in embedder.state_dict().items())
+    by_chance = found["random weights"]
+    assert by_chance != {f"eval_{x}": y for x, y in evaluator(embedder).items()}
+    assert 0 < by_chance["eval_cosine_ndcg@10"] < 1
+
+
+def test_scored_pairs_are_evaluated_by_rank(golden):
+    evaluator = build_evaluator({"scored": STS}, 8)
+    assert -1 <= evaluator(embedder_of(golden).eval())["spearman_cosine"] <= 1
+    assert baselines(None, evaluator, seed=1) == {}
+
+
+def test_what_is_missing_is_named(golden, tmp_path):
+    with pytest.raises(ValueError, match="give --model_name_or_path"):
+        embedder_of("")
+    with pytest.raises(ValueError, match="nowhere"):
+        embedder_of(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="in place of --global_batch_size"):
+        EmbeddingArguments(output_dir="out", global_batch_size=8)
+
+
+def test_without_sentence_transformers_the_command_says_what_to_install():
+    code = (
+        "import sys; sys.modules['sentence_transformers'] = None; sys.path.insert(0, '.')\n"
+        "try:\n    import train_embeddings\nexcept ImportError as error:\n    print(error)"
+    )
+    said = run_python(code)
+    assert said == "train_embeddings.py needs: pip install 'sentence-transformers >= 5.7'\n"
+
+
+def test_a_model_is_a_sentence_transformer_with_the_prompts(golden):
+    embedder = embedder_of(golden)
+    assert isinstance(embedder, SentenceTransformer)
+    assert embedder.prompts == {"query": "the ", "document": ""} and embedder.max_seq_length == 16

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train_embeddings.py on tiny models: what it learns and writes, who can read that, interruptions,
+and what it refuses."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import MODEL_FILES
+from embeddings import PAIRS, RUN, SCORED, train, write_data
+from finetuning import write_rows
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from test_publishing import FILES_OF_OLD_TOKENIZERS, TOKENIZER_FILES, hub
+from training import ACCELERATE, ROOT, flags, read_json, read_log, run
+
+import convert_weights
+import train_embeddings
+from mosaic_tools.callbacks import StopOnSigterm
+
+pytest_plugins = ["finetuning"]
+__all__ = ["hub"]
+PROMPTS = {"query_prompt": "query: ", "document_prompt": "document: "}
+PARTS = {
+    *("model.safetensors", "config.json", "README.md", "training.png", "modules.json"),
+    *("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+    *(MODEL_FILES + tuple(TOKENIZER_FILES)),
+}
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_log(folder) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(golden, tmp_path_factory):
+    """A run with prompts and a second source of scored pairs."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_data(folder)
+    scored = write_rows(folder / "scored.jsonl", SCORED)
+    words = ["--train_file", data.pop("train_file"), scored]
+    words += ["--validation_file", data.pop("validation_file"), scored]
+    with pytest.MonkeyPatch.context() as patch:
+        values = data | PROMPTS | {"model_name_or_path": golden, "max_steps": 40}
+        train(patch, *words, "--symmetric", **values, license="mit", language="en")
+    return folder / "out"
+
+
+def test_it_learns_what_belongs_together(trained):
+    entries = read_log(trained)
+    before, after = (entries[i] for i in (0, -1))
+    assert before["step"] == 0 and after["step"] == 40
+    assert after["eval_cosine_ndcg@10"] > before["eval_cosine_ndcg@10"] + 0.1
+    assert after["eval_spearman_cosine"] > before["eval_spearman_cosine"] + 0.1
+
+
+def test_the_card_has_figures_of_before_and_after_and_an_example_that_runs(trained):
+    card = (trained / "README.md").read_text()
+    data, entries = ModelCard(card).data, read_log(trained)
+    assert (data.library_name, data.pipeline_tag) == (
+        "sentence-transformers",
+        "sentence-similarity",
+    )
+    found = {x.metric_name: x.metric_value for x in data.eval_results}
+    for when, entry in (("before", entries[0]), ("after", entries[-1])):
+        assert found[f"nDCG@10 {when} training"] == entry["eval_cosine_ndcg@10"]
+        assert found[f"MRR@10 {when} training"] == entry["eval_cosine_mrr@10"]
+        assert found[f"Recall@10 {when} training"] == entry["eval_cosine_recall@10"]
+        assert found[f"Spearman correlation {when} training"] == entry["eval_spearman_cosine"]
+    line = next(x for x in card.splitlines() if x.startswith("| nDCG@10, held out |"))
+    value = r"[01]\.\d{3} "
+    said = [f"{value}{x}" for x in ("after training", "before", "random weights", "TF-IDF")]
+    assert re.search(", ".join(said), line)
+    assert "| started from | golden |" in card and "license: mit" in card
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(example.replace('"."', repr(str(trained))))
+
+
+def test_the_folder_loads_everywhere_with_the_same_vectors(trained, tmp_path):
+    model = SentenceTransformer(str(trained), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == 16
+    # The forms that sentence-transformers 3 reads.
+    kinds = [x["type"] for x in read_json(trained, "modules.json")]
+    assert kinds == [
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.models.Pooling",
+    ]
+    texts = [x["passage"] for x in PAIRS]
+    vectors = model.encode(texts)
+    model.save(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert (again.encode(texts) == vectors).all() and vectors.std() > 0
+    names = set(load_file(trained / "model.safetensors"))
+    assert not any("pooler" in x or "cls" in x for x in names)
+    convert_weights.main([str(trained), str(tmp_path / "jina"), "--layout", "jina"])
+    assert read_json(tmp_path, "jina", "config.json")["architectures"] == ["JinaBertModel"]
+    assert read_json(tmp_path, "jina", "modules.json") == read_json(trained, "modules.json")
+
+
+def test_the_prompts_are_saved_and_used(trained):
+    model = SentenceTransformer(str(trained), trust_remote_code=True, device="cpu")
+    assert model.prompts == {"query": "query: ", "document": "document: "}
+    texts = ["the old man", "a book"]
+    for encode, prompt in ((model.encode_query, "query: "), (model.encode_document, "document: ")):
+        assert (encode(texts) == model.encode([prompt + x for x in texts])).all()
+        assert (encode(texts) != model.encode(texts)).any()
+
+
+def test_cross_encoders_and_sparse_encoders_start_from_it(trained):
+    ranks = CrossEncoder(str(trained), trust_remote_code=True, num_labels=1, device="cpu")
+    assert ranks.predict([("a book", "the man")]).shape == (1,)
+    sparse = SparseEncoder(str(trained), trust_remote_code=True, device="cpu")
+    assert sparse.encode(["a book"]).shape[0] == 1
+
+
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(golden, tmp_path, monkeypatch):
+    data = write_data(tmp_path) | {"model_name_or_path": golden}
+    words = ["--train_file", data.pop("train_file"), write_rows(tmp_path / "more.jsonl", SCORED)]
+    # Batches of both sources, epochs of five steps, dropout.
+    values = data | {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    train(monkeypatch, *words, **values)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    shutil.copytree(out, whole)
+    (out / "checkpoint-6" / "complete.json").unlink()
+    (out / "checkpoint-8" / "complete.json").unlink()
+    train(monkeypatch, *words, **values, resume_from_checkpoint="last")
+    assert losses(out) == losses(whole) and len(losses(out)) == 8
+    found, expected = (load_file(x / "model.safetensors") for x in (out, whole))
+    assert all(torch.equal(found[x], y) for x, y in expected.items())
+    before = [x for x in read_log(out) if "eval_cosine_ndcg@10" in x]
+    assert [x["step"] for x in before] == [0, 8]
+
+
+def test_sigterm_saves_and_ends(golden, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(StopOnSigterm, "agreed", lambda *_: asked.append(1) or len(asked) == 2)
+    train(monkeypatch, **write_data(tmp_path), model_name_or_path=golden)
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 2, which is saved: repeat the command with" in said
+    assert (tmp_path / "out" / "checkpoint-2" / "complete.json").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_hard_negatives_are_mined_and_trained_with(golden, tmp_path, monkeypatch, capsys):
+    values = {"model_name_or_path": golden, "mine_hard_negatives": 2, "max_steps": 2}
+    values |= {"per_device_train_batch_size": 2}
+    train(monkeypatch, *["--matryoshka_dims", 32, 96], **write_data(tmp_path), **values)
+    said = capsys.readouterr().out
+    assert "data: train.jsonl: 1_train: 12 rows of anchor, positive, negative_1, negative_2" in said
+    assert "loss: MatryoshkaLoss, dimensions [32, 96]" in said
+    assert 0 < losses(tmp_path / "out")[0] < 20
+
+
+def test_two_processes_train_on_batches_of_their_own(golden, tmp_path):
+    data = write_data(tmp_path) | {"model_name_or_path": golden}
+    config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
+    values = flags(**RUN | data | {"max_steps": 3})
+    said = run(tmp_path, *ACCELERATE, *config, ROOT / "train_embeddings.py", *values)
+    assert "run: 3 steps of 8 rows" in said and "nDCG@10, held out: " in said
+    assert len(losses(tmp_path / "out")) == 3
+    assert {x for x in PARTS if not (tmp_path / "out" / x).exists()} == set()
+
+
+def test_the_finished_folder_is_published(golden, tmp_path, monkeypatch, hub, capsys):
+    values = write_data(tmp_path) | {"model_name_or_path": golden, "max_steps": 2}
+    train(monkeypatch, **values, push_to_hub="org/name")
+    assert set(hub.sent) - FILES_OF_OLD_TOKENIZERS == PARTS
+    assert "https://huggingface.co/org/name/commit/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"per_device_train_batch_size": 13},
+            "1_train has 12 rows, too few for a batch of 13",
+        ),
+        ({"global_batch_size": 8}, "give --per_device_train_batch_size in place of"),
+        ({"model_name_or_path": ""}, "give --model_name_or_path"),
+        ({"output_dir": "."}, "is not empty: choose another"),
+        ({"mini_batches": 8}, "not used by this command: --mini_batches"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(values, message, golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = write_data(tmp_path) | {"model_name_or_path": golden} | values
+    with pytest.raises(ValueError, match=message):
+        train(monkeypatch, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = ROOT / "recipes" / "embeddings-demo.yaml"
+    monkeypatch.setattr("sys.argv", ["train_embeddings.py", str(recipe), "--cpu_threads", "1"])
+    with pytest.raises(ValueError, match="'runs/demo' is no folder of a model and no Hub id"):
+        train_embeddings.main()
