@@ -7,6 +7,7 @@
 # make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
 #                 ONLY="attention pretraining" chooses, the plots are drawn from all records
+# JOBS=8 runs so many tests at a time, not two; each wants a core and 2 GB.
 # TRANSFORMERS=4.57.6 or 5.0.0 chooses another supported version, in an environment of its own.
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ TRANSFORMERS ?= 5.23.0
 VENV := .venv-$(TRANSFORMERS)
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(TRANSFORMERS).txt
+JOBS ?= 2
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS ?=
 DEMO_FACTOR ?= 4
@@ -31,10 +33,10 @@ export HF_HUB_OFFLINE = 1
 .PHONY: test test-slow demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
 
 demo: $(VENV)/ready
 	$(BIN)/accelerate launch train_mlm.py recipes/demo.yaml --output_dir $(DEMO_DIR) --overwrite $(DEMO_FLAGS)
