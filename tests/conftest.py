@@ -37,7 +37,7 @@ import subprocess  # noqa: E402
 import pytest  # noqa: E402
 
 # Helpers with assertions of their own.
-pytest.register_assert_rewrite("finetuning", "training")
+pytest.register_assert_rewrite("embeddings", "finetuning", "hub", "training")
 
 from safetensors.torch import load_file  # noqa: E402
 

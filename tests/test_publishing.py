@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """publishing.py: what would be sent to the Hub, what never is, an upload that fails, and cards."""
 
-import fnmatch
 import json
 import os
 import re
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from conftest import GOLDENS, MODEL_FILES, run_python
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from hub import FILES_OF_OLD_TOKENIZERS, TOKEN, TOKENIZER_FILES
+from huggingface_hub import EvalResult, ModelCard
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.models import Dense, Normalize, Router
 from training import write_vocab
@@ -23,55 +20,7 @@ from training import write_vocab
 import convert_weights
 from mosaic_tools import cards, publishing, recipe
 
-TOKEN = "hf_" + "secret" * 5
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
-# Which transformers 4 writes too.
-FILES_OF_OLD_TOKENIZERS = {"vocab.txt", "special_tokens_map.json"}
-
-
-class Recorder:
-    """A Hub that holds `repositories`, name -> private, and answers to `api`, which takes what the
-    installed HfApi takes."""
-
-    def __init__(self, error=None):
-        self.error, self.calls, self.sent, self.repositories = error, [], {}, {}
-        self.api = create_autospec(HfApi)
-        for name in ("create_repo", "repo_info", "create_branch", "upload_folder"):
-            getattr(self.api.return_value, name).side_effect = getattr(self, name)
-
-    def create_repo(self, repo_id, private=None, exist_ok=False):
-        self.calls.append("create_repo")
-        assert exist_ok or repo_id not in self.repositories
-        self.repositories.setdefault(repo_id, bool(private))
-
-    def repo_info(self, repo_id):
-        return SimpleNamespace(private=self.repositories[repo_id])
-
-    def create_branch(self, repo_id, branch, exist_ok=False):
-        self.calls.append(f"create_branch {branch}")
-
-    def upload_folder(self, folder_path, repo_id, revision, allow_patterns, commit_message):
-        self.calls.append(f"upload_folder {revision}")
-        if self.error:
-            raise self.error
-        files = {x.relative_to(folder_path).as_posix(): x for x in Path(folder_path).rglob("*")}
-        self.sent = {
-            name: x.read_bytes()
-            for name, x in files.items()
-            if x.is_file() and any(fnmatch.fnmatch(name, y) for y in allow_patterns)
-        }
-        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(publishing, "HfApi", recorder.api)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield recorder
-    # Nothing else was asked of the Hub.
-    asked = {name for name, *_ in recorder.api.return_value.method_calls}
-    assert asked <= {"create_repo", "repo_info", "create_branch", "upload_folder"}
+pytest_plugins = ["hub"]
 
 
 @pytest.fixture

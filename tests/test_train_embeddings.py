@@ -10,18 +10,17 @@ import torch
 from conftest import MODEL_FILES
 from embeddings import PAIRS, RUN, SCORED, train, write_data
 from finetuning import write_rows
+from hub import FILES_OF_OLD_TOKENIZERS, TOKENIZER_FILES
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
-from test_publishing import FILES_OF_OLD_TOKENIZERS, TOKENIZER_FILES, hub
 from training import ACCELERATE, ROOT, flags, read_json, read_log, run
 
 import convert_weights
 import train_embeddings
 from mosaic_tools.callbacks import StopOnSigterm
 
-pytest_plugins = ["finetuning"]
-__all__ = ["hub"]
+pytest_plugins = ["finetuning", "hub"]
 PROMPTS = {"query_prompt": "query: ", "document_prompt": "document: "}
 PARTS = {
     *("model.safetensors", "config.json", "README.md", "training.png", "modules.json"),
