@@ -41,13 +41,6 @@ pytest.register_assert_rewrite("embeddings", "finetuning", "hub", "training")
 
 from safetensors.torch import load_file  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def precision_of_its_own():
-    """transformers 4.57 leaves that of a run in the environment, for the next test's run to take."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-
-
 # Where each attention backend runs. On a CPU, triton is its interpreter, which a machine with a GPU
 # does not use.
 CPU_BACKENDS = ["eager", "sdpa"] + ["triton"] * (not torch.cuda.is_available())
@@ -121,6 +114,8 @@ def environment_of_a_module():
 
 @pytest.fixture(autouse=True)
 def environment_of_a_test():
+    # Fixtures of the whole session leave it too.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     yield from restore_environment()
 
 
