@@ -39,38 +39,42 @@ from mosaic_tools.embedding_trainer import (
     build_evaluator,
     build_loss,
     check_batch,
+    describe_loss,
     prompts_of_columns,
     with_negatives,
 )
-from mosaic_tools.pairs import PairArguments, load_pairs
+from mosaic_tools.pairs import PairArguments, load_pairs, seen_in_training
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import parse
 
 
-def describe(trainer: EmbeddingTrainer, model: EmbedderArguments, data: PairArguments) -> dict:
+def describe(
+    trainer: EmbeddingTrainer, model: EmbedderArguments, data: PairArguments, held_out: dict
+) -> dict[str, str]:
     """What is about to run, for the start of the log and for the model card."""
+    seen, texts = seen_in_training(trainer.train_dataset, held_out)
     args, encoder = trainer.args, trainer.model[0].model
     run = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     sources = {
         name: f"{len(rows):,} rows of {', '.join(rows.column_names)}"
         for name, rows in trainer.train_dataset.items()
     }
-    loss = next(iter(trainer.loss.values()))
-    prompts = " and ".join(repr(x) for x in (data.query_prompt, data.document_prompt) if x)
+    losses = dict.fromkeys(describe_loss(x, model) for x in trainer.train_dataset.values())
+    prompts = " and ".join(repr(x) for x in trainer.model.prompts.values() if x)
     return {
         "started from": hub_id(model.model_name_or_path) or Path(model.model_name_or_path).name,
         "model": f"{encoder.config.model_type}, {encoder.num_parameters():,} parameters, the mean "
         "over a text's tokens",
         "data": f"{data.source()}: " + "; ".join(f"{x}: {y}" for x, y in sources.items()),
+        "held out": f"{sum(map(len, held_out.values())):,} rows; of their {texts:,} texts training "
+        f"has {seen:,} too",
         "prompts": prompts or "none",
         "run": f"{run} of {args.rows_per_step()} rows, texts cut at {trainer.model.max_seq_length} "
         "tokens",
-        "loss": f"{type(loss).__name__}"
-        + (", both directions" if model.symmetric else "")
-        + (f", dimensions {model.matryoshka_dims}" if model.matryoshka_dims else ""),
+        "loss": "; ".join(losses),
         "optimizer": f"{args.optim.value}, learning rate {args.learning_rate:g} after a warm-up of "
         f"{args.share_of_warmup():.0%}, weight decay {args.weight_decay:g}",
-        "computed in": f"{args.precision()} ({args.why_bf16}), attention "
+        "computed in": f"{args.precision()} ({args.why_bf16}), the evaluation too; attention "
         f"{attention_backend(encoder, args)}, on {args.device.type}",
     }
 
@@ -119,13 +123,13 @@ def main():
         train = with_negatives(train, data.mine_hard_negatives, embedder, batch)
     gather = args.world_size > 1
     check_batch(train, args.train_batch_size, args.world_size)
-    args.prompts = prompts_of_columns(train, data)
+    args.prompts = prompts_of_columns(train, embedder.prompts)
     # A resumed run has the figures before training in its log.
     args.eval_on_start = checkpoint is None
     evaluator = build_evaluator(held_out, args.per_device_eval_batch_size)
     losses = {name: build_loss(x, embedder, model_args, gather) for name, x in train.items()}
     trainer = EmbeddingTrainer(embedder, args, train, loss=losses, evaluator=evaluator)
-    facts = describe(trainer, model_args, data)
+    facts = describe(trainer, model_args, data, held_out)
     for name, value in facts.items():
         trainer.accelerator.print(f"{name}: {value}")
     if checkpoint and (change := change_of_precision(Path(checkpoint), args)):

@@ -42,18 +42,25 @@ def load_files(patterns: list[str], streaming: bool):
     """The rows of all files that match, or of a folder of StreamingDataset shards."""
     if any(Path(pattern, "index.json").is_file() for pattern in patterns):
         return load_shards(patterns, streaming)
-    files = []
-    for pattern in patterns:
-        if not (found := sorted(glob.glob(pattern, recursive=True))):
-            raise ValueError(f"there is no file {pattern}")
-        files += found
+    files = [file for pattern in patterns for file in matching_files(pattern)]
     if empty := [file for file in files if not os.path.getsize(file)]:
         raise ValueError(f"empty, leave it out or fill it: {', '.join(empty)}")
     # Any suffix counts, so that text.txt.xz, which `datasets` unpacks, is text.
     kinds = {next((FORMATS[s] for s in Path(f).suffixes if s in FORMATS), None) for f in files}
     if len(kinds) > 1 or None in kinds:
         raise ValueError(f"{', '.join(files)}: give files of one format of {', '.join(FORMATS)}")
-    return datasets.load_dataset(*kinds, data_files=files, split="train", streaming=streaming)
+    # datasets takes names for patterns.
+    names = [glob.escape(file) for file in files]
+    return datasets.load_dataset(*kinds, data_files=names, split="train", streaming=streaming)
+
+
+def matching_files(pattern: str) -> list[str]:
+    """The file of that name, be it with brackets, or those that match. ValueError: none does."""
+    if Path(pattern).is_file():
+        return [pattern]
+    if not (files := sorted(glob.glob(pattern, recursive=True))):
+        raise ValueError(f"there is no file {pattern}")
+    return files
 
 
 def load_shards(folders: list[str], streaming: bool):

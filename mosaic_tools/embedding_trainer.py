@@ -8,18 +8,22 @@ run resumes and stops as the others do, and folders load in old and new versions
 import copy
 import itertools
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import cached_file
 
 from mosaic_tools import family
 from mosaic_tools.callbacks import LogFile, StopOnSigterm
 from mosaic_tools.checkpoints import Checkpoints
+from mosaic_tools.files import read_json
 from mosaic_tools.pairs import PairArguments, is_scored
 from mosaic_tools.publishing import write_pooling
 from mosaic_tools.recipe import RecipeArguments, option
@@ -56,6 +60,7 @@ RANKING = {
     "eval_cosine_recall@10": "Recall@10",
 }
 CORRELATION = {"eval_spearman_cosine": "Spearman correlation"}
+SETTINGS = "config_sentence_transformers.json"
 
 
 @dataclass
@@ -71,7 +76,9 @@ class EmbedderArguments:
         None, "first dimensions of an embedding that must do as well alone, such as 64 128 256"
     )
     mini_batch_size: int = option(
-        32, "rows that are computed at once, which decides on the memory and not on the result"
+        32,
+        "pairs that are computed at once, which decides on the memory and not on the result; "
+        "scored pairs are computed all at once",
     )
     low_precision_layernorm: bool = option(
         True, "of a MosaicBERT: LayerNorm in autocast's dtype, not in float32"
@@ -93,6 +100,8 @@ class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
     dataloader_drop_last: bool = option(True, "a smaller last batch would be an easier one")
 
     def __post_init__(self):
+        if self.prompts is not None:
+            raise ValueError("give --query_prompt and --document_prompt in place of --prompts")
         if self.global_batch_size is not None:
             raise ValueError(
                 "give --per_device_train_batch_size in place of --global_batch_size: a row is "
@@ -109,13 +118,14 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
     """The encoder, by this folder's code if it is a MosaicBERT, under the mean over all tokens.
 
     Raises:
-        ValueError: as `family.load`; there is no tokenizer, it has ids that the encoder does not,
-            or a Matryoshka dimension is none of the encoder's.
+        ValueError: as `family.load` and `check_modules`; there is no tokenizer, it has ids that the
+            encoder does not, or a Matryoshka dimension is none of the encoder's.
     """
     source = args.model_name_or_path
     if not source:
         raise ValueError("give --model_name_or_path, the folder or Hub id of a pre-trained encoder")
     family.config_values(source)
+    check_modules(source)
     tokenizer = load_tokenizer(args.tokenizer_name or source)
     encoder = load_encoder(args, tokenizer, data.max_seq_length)
     if wrong := [x for x in args.matryoshka_dims or [] if not 0 < x <= encoder.config.hidden_size]:
@@ -132,11 +142,37 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
         if family.is_ours(encoder.config):
             custom_object_save(encoder, place, config=encoder.config)
         save_file(encoder.state_dict(), place / "model.safetensors", {"format": "pt"})
-        save_modules(encoder, tokenizer, place, length, data.prompts())
+        prompts = {"query": "", "document": ""}
+        prompts |= settings_of(source, SETTINGS).get("prompts", {}) | data.prompts()
+        save_modules(encoder, tokenizer, place, length, prompts)
         embedder = SentenceTransformer(str(place), trust_remote_code=True, device="cpu")
     # Not the copy, which may have a new pooler.
     embedder[0].model = encoder
     return embedder
+
+
+def settings_of(source: str, name: str, kind: type = dict):
+    """What a JSON file of a folder or Hub id holds, empty if there is none."""
+    if Path(source).is_dir():
+        return read_json(Path(source, name), kind)
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return read_json(Path(file), kind) if file else kind()
+
+
+def check_modules(source: str):
+    """ValueError: the source is a SentenceTransformer that is more than an encoder under the mean,
+    and would lose the rest."""
+    for module in settings_of(source, "modules.json", list):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            pooling = settings_of(source, f"{module['path']}/config.json")
+            is_mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode") == "mean")
+        if kind not in ("Transformer", "Pooling", "Normalize") or kind == "Pooling" and not is_mean:
+            raise ValueError(
+                f"{source} has a module {kind} that is not the mean over all tokens, and would "
+                "lose it: train it by sentence-transformers itself, or give the encoder that it "
+                "was made of"
+            )
 
 
 def load_encoder(args: EmbedderArguments, tokenizer, max_seq_length: int):
@@ -172,7 +208,7 @@ def save_modules(encoder, tokenizer, folder, max_seq_length: int, prompts: dict[
     make_tokenizer_portable(folder, max_seq_length, has_token_types(encoder.config))
     write_pooling(folder, encoder.config.hidden_size, max_seq_length)
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    file = Path(folder, "config_sentence_transformers.json")
+    file = Path(folder, SETTINGS)
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -188,15 +224,32 @@ def with_negatives(sources: dict, count: int, embedder, batch_size: int) -> dict
                 f"{name} has the columns {', '.join(rows.column_names)}: --mine_hard_negatives is "
                 "for pairs, leave it out or the other columns"
             )
-        if (texts := len(set(rows["positive"]))) <= count:
-            raise ValueError(f"{name} has {texts} texts: --mine_hard_negatives {count} needs more")
-    return {
-        name: mine_hard_negatives(
-            rows, embedder, num_negatives=count, output_format="n-tuple", batch_size=batch_size,
-            verbose=False,
-        )
-        for name, rows in sources.items()
-    }  # fmt: skip
+    return {name: mine(name, x, count, embedder, batch_size) for name, x in sources.items()}
+
+
+def mine(name: str, rows, count: int, embedder, batch_size: int):
+    """The pairs of one source, with negatives."""
+    # The miner does not see that an anchor may be a text of another pair; it would be the nearest.
+    texts = set(rows["positive"])
+    has_anchors = not texts.isdisjoint(rows["anchor"])
+    if len(texts) <= count + has_anchors:
+        raise ValueError(f"{name} has {len(texts)} texts: --mine_hard_negatives {count} needs more")
+    mined = mine_hard_negatives(
+        rows,
+        embedder,
+        num_negatives=count + has_anchors,
+        output_format="n-tuple",
+        batch_size=batch_size,
+        verbose=False,
+    )
+    if not has_anchors:
+        return mined
+    kept = []
+    for anchor, positive, *negatives in zip(*(mined[x] for x in mined.column_names), strict=True):
+        others = [x for x in negatives if x != anchor][:count]
+        negatives = {f"negative_{i}": x for i, x in enumerate(others, 1)}
+        kept.append({"anchor": anchor, "positive": positive} | negatives)
+    return datasets.Dataset.from_list(kept)
 
 
 def check_batch(sources: dict, rows: int, devices: int):
@@ -213,14 +266,18 @@ def check_batch(sources: dict, rows: int, devices: int):
             )
 
 
-def prompts_of_columns(sources: dict, data: PairArguments) -> dict[str, dict[str, str]]:
+def prompts_of_columns(sources: dict, prompts: dict[str, str]) -> dict[str, dict[str, str]]:
     """For each source and column what is put before its texts. Scored pairs have no roles, and so
-    no prompts."""
+    no prompts.
+
+    Args:
+        prompts: the model's, by "query" and "document".
+    """
     return {
         name: {}
         if is_scored(rows)
         else {
-            column: data.query_prompt if column == "anchor" else data.document_prompt
+            column: prompts["query" if column == "anchor" else "document"]
             for column in rows.column_names
         }
         for name, rows in sources.items()
@@ -228,6 +285,13 @@ def prompts_of_columns(sources: dict, data: PairArguments) -> dict[str, dict[str
 
 
 # ---- loss and evaluation ----
+
+
+def describe_loss(rows, args: EmbedderArguments) -> str:
+    """`build_loss` in words."""
+    both = ", both directions" if args.symmetric else ""
+    name = "CoSENTLoss" if is_scored(rows) else f"CachedMultipleNegativesRankingLoss{both}"
+    return name + (f", dimensions {args.matryoshka_dims}" if args.matryoshka_dims else "")
 
 
 def build_loss(rows, embedder, args: EmbedderArguments, gather: bool):
@@ -290,10 +354,14 @@ def baselines(embedder, evaluator: SequentialEvaluator, seed: int) -> dict[str, 
 
 
 def tfidf(ranking: InformationRetrievalEvaluator) -> dict[str, float]:
-    """The evaluation of cosines between counts of words, weighted by how rare they are."""
+    """The evaluation of cosines between counts of words, weighted by how rare they are; empty if
+    there are no words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    if not any(re.search(r"\w", text) for text in ranking.corpus):
+        return {}
+    # Words of one letter too.
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+")
     documents = vectorizer.fit_transform(ranking.corpus)
     similarities = (vectorizer.transform(ranking.queries) @ documents.T).toarray()
     results = [
@@ -331,10 +399,12 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
         """The card is cards.py's."""
 
     def _save(self, output_dir=None, state_dict=None):
-        encoder, length = self.model[0].model, self.model.max_seq_length
-        folder = output_dir or self.args.output_dir
-        encoder.save_pretrained(folder)
-        save_modules(encoder, self.processing_class, folder, length, self.model.prompts)
+        self.model[0].model.save_pretrained(output_dir or self.args.output_dir)
+
+    def finish_folder(self, folder):
+        model = self.model
+        prompts, length = model.prompts, model.max_seq_length
+        save_modules(model[0].model, self.processing_class, folder, length, prompts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))

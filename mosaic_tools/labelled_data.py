@@ -4,6 +4,7 @@
 Everything that a row can lack is found here, before any training, and named with its row.
 """
 
+import glob
 import hashlib
 import math
 from collections.abc import Iterable
@@ -196,7 +197,9 @@ def read_rows(file: Path) -> datasets.Dataset:
     # "null" and "NA" are words.
     options = {"keep_default_na": False} if kind == "csv" else {}
     try:
-        return datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+        # datasets takes names for patterns.
+        name = glob.escape(str(file))
+        return datasets.load_dataset(kind, data_files=name, split="train", **options)
     except Exception as error:
         reason = error.__cause__ or error
         raise ValueError(f"{file} cannot be read as {kind}, or has no rows: {reason}") from error

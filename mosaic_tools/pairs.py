@@ -5,14 +5,14 @@ from the Hub. Without data, docstrings that Python carries.
 Everything that a row can lack is found here, before any training, and named with its row.
 """
 
-import glob
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 
-from mosaic_tools.corpus import first_rows, split
+from mosaic_tools.corpus import first_rows, matching_files, split
 from mosaic_tools.embedded_text import embedded_pairs
 from mosaic_tools.labelled_data import check_texts, read_rows
 from mosaic_tools.recipe import option
@@ -44,8 +44,13 @@ class PairArguments:
     validation_split: float = option(5.0, "per cent held out if the data has no validation part")
     max_eval_pairs: int = option(2000, "pairs of a source that an evaluation reads at most")
     max_seq_length: int = option(512, "tokens of a text; the rest is cut off")
-    query_prompt: str = option("", "put before each anchor, as 'query: ', and saved with the model")
-    document_prompt: str = option("", "put before each positive and negative, and saved")
+    query_prompt: str | None = option(
+        None,
+        "put before each anchor, as 'query: ', and saved with the model; None: as the model has it",
+    )
+    document_prompt: str | None = option(
+        None, "put before each positive and negative, and saved; None: as the model has it"
+    )
     mine_hard_negatives: int = option(
         0, "texts of other pairs, the nearest to the anchor, that each pair gets as negatives"
     )
@@ -70,8 +75,9 @@ class PairArguments:
         return name or ", ".join(files or ["docstrings that CPython carries"])
 
     def prompts(self) -> dict[str, str]:
-        """By the names that sentence-transformers knows."""
-        return {"query": self.query_prompt, "document": self.document_prompt}
+        """Those given, by the names that sentence-transformers knows."""
+        given = {"query": self.query_prompt, "document": self.document_prompt}
+        return {name: text for name, text in given.items() if text is not None}
 
 
 def is_scored(rows: datasets.Dataset) -> bool:
@@ -89,9 +95,15 @@ def load_pairs(args: PairArguments) -> tuple[dict, dict]:
         train, held_out = load_sources(args.train_file), {}
     elif args.dataset_name:
         parts = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        read = {x: as_pairs(f"{args.dataset_name}, {x}", rows) for x, rows in parts.items()}
-        train = {"hub": read["train"]}
-        held_out = {x: y for x, y in read.items() if x == "validation"}
+        if "train" not in parts:
+            raise ValueError(f"{args.dataset_name} has {', '.join(parts)}, but no train part")
+        read = {
+            x: as_pairs(f"{args.dataset_name}, {x}", parts[x])
+            for x in ("train", "validation")
+            if x in parts
+        }
+        train = {"hub": read.pop("train")}
+        held_out = read
     else:
         pairs = (dict(zip(PAIR, zip(*x, strict=True), strict=True)) for x in embedded_pairs())
         train, held_out = ({"docstrings": datasets.Dataset.from_dict(x)} for x in pairs)
@@ -99,7 +111,7 @@ def load_pairs(args: PairArguments) -> tuple[dict, dict]:
         held_out = load_sources(args.validation_file)
     if not held_out:
         percent, whole = args.validation_split, train
-        # By the first text, so that none is on both sides.
+        # By the first text, so that no anchor is on both sides.
         parts = {name: split(x, x.column_names[0], percent) for name, x in whole.items()}
         train = {name: kept for name, (kept, _) in parts.items()}
         held_out = {name: x for name, (_, x) in parts.items() if len(x)}
@@ -117,8 +129,7 @@ def load_sources(patterns: list[str]) -> dict[str, datasets.Dataset]:
     """The rows of each pattern's files together, by a name made of the pattern."""
     sources = {}
     for pattern in patterns:
-        if not (files := sorted(glob.glob(pattern, recursive=True))):
-            raise ValueError(f"there is no file {pattern}")
+        files = matching_files(pattern)
         parts = [as_pairs(file, read_rows(Path(file))) for file in files]
         kinds = {tuple(x.column_names) for x in parts}
         if len(kinds) > 1:
@@ -136,22 +147,43 @@ def load_sources(patterns: list[str]) -> dict[str, datasets.Dataset]:
 def as_pairs(where: str, rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with the columns of PAIR and negatives, or of SCORED, checked one by one."""
     found = columns_of(where, rows)
+    if any(x != y for x, y in found.items()) and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: " + ", ".join(f"{y} is {x!r}" for x, y in found.items()))
     rows = rows.select_columns(list(found)).rename_columns(found)
     texts = [name for name in rows.column_names if name != "score"]
     check_texts(where, rows, tuple(texts), blank=False)
+    for name in texts:
+        # Parquet has two kinds of text, which cannot be put together.
+        if rows.features[name] != datasets.Value("string"):
+            rows = rows.cast_column(name, datasets.Value("string"))
     if is_scored(rows):
         scores = [as_score(where, number, x) for number, x in enumerate(rows["score"], 1)]
         rows = rows.remove_columns("score").add_column("score", scores)
     for name in texts[2:]:
-        for number, (negative, positive) in enumerate(
-            zip(rows[name], rows["positive"], strict=True), 1
-        ):
-            if negative == positive:
-                raise ValueError(
-                    f"{where}, row {number}: {name} is the positive, {positive[:60]!r}: leave the "
-                    "row out, or give it another negative"
-                )
+        for other in PAIR:
+            for number, (x, y) in enumerate(zip(rows[name], rows[other], strict=True), 1):
+                if x == y:
+                    raise ValueError(
+                        f"{where}, row {number}: {name} is the {other}, {x[:60]!r}: leave the row "
+                        "out, or give it another negative"
+                    )
     return rows
+
+
+def seen_in_training(train: dict, held_out: dict) -> tuple[int, int]:
+    """(held-out texts that training has too, held-out texts), of all sources together."""
+
+    def texts(sources):
+        return {
+            text
+            for rows in sources.values()
+            for name in rows.column_names
+            if name != "score"
+            for text in rows[name]
+        }
+
+    ours = texts(held_out)
+    return len(ours & texts(train)), len(ours)
 
 
 def columns_of(where: str, rows: datasets.Dataset) -> dict[str, str]:
@@ -164,16 +196,22 @@ def columns_of(where: str, rows: datasets.Dataset) -> dict[str, str]:
     negatives = [x for x in names if x.lower().startswith("negative")]
     scores = [x for x in names if x.lower() in SCORE]
     if not (first or second or negatives):
-        # By order, where nothing but texts and a score is there.
+        # By order, where nothing but two texts and maybe a score is there.
         others = [x for x in names if x not in scores]
         kinds = [getattr(rows.features[x], "dtype", "") for x in others]
-        if all(kind in ("string", "large_string") for kind in kinds):
-            first, second, negatives = others[:1], others[1:2], others[2:]
+        if len(others) == 2 and all(kind in ("string", "large_string") for kind in kinds):
+            first, second = others[:1], others[1:]
     if (len(first), len(second)) != (1, 1) or len(scores) > 1 or (scores and negatives):
         raise ValueError(
             f"{where} has the columns {', '.join(names)}, which cannot be told apart: call them "
             "anchor, positive, negative_1, negative_2, ..., or sentence1, sentence2, score"
         )
+    for x in scores:
+        if isinstance(rows.features[x], datasets.ClassLabel):
+            raise ValueError(
+                f"{where}: {x} has the classes {', '.join(rows.features[x].names)}, which are no "
+                "similarity: give a score between -1 and 1, or leave the column out"
+            )
     if scores:
         return dict(zip((*first, *second, *scores), SCORED, strict=True))
     called = {x: f"negative_{i}" for i, x in enumerate(negatives, 1)}

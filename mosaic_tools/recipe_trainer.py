@@ -32,11 +32,15 @@ class RecipeTrainer(Trainer):
             remove_derived(folder)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            config, tokenizer = self.model.config, self.processing_class
-            longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-            make_tokenizer_portable(
-                folder, max_length_of(config, tokenizer, longest), has_token_types(config)
-            )
+            self.finish_folder(folder)
+
+    def finish_folder(self, folder: str | Path):
+        """What is done to a folder once the model and the tokenizer are in it."""
+        config, tokenizer = self.model.config, self.processing_class
+        longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        make_tokenizer_portable(
+            folder, max_length_of(config, tokenizer, longest), has_token_types(config)
+        )
 
 
 def max_length_of(config, tokenizer, wanted: int) -> int:

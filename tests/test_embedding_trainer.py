@@ -8,6 +8,7 @@ import torch
 from conftest import run_python
 from embeddings import PAIRS, RUN, SCORED
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Pooling
 from sentence_transformers.sentence_transformer.losses import (
     CoSENTLoss,
     MatryoshkaLoss,
@@ -104,8 +105,7 @@ def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):
     sources = {"twice": datasets.concatenate_datasets([ROWS, ROWS]), "scored": STS}
     values = {x: y for x, y in RUN.items() if x in ("per_device_train_batch_size", "max_steps")}
     args = EmbeddingArguments(output_dir=str(tmp_path), bf16=False, use_cpu=True, **values)
-    data = PairArguments(query_prompt="the ", document_prompt="a ")
-    args.prompts = prompts_of_columns(sources, data)
+    args.prompts = prompts_of_columns(sources, {"query": "the ", "document": "a "})
     losses = {x: build_loss(y, embedder, EmbedderArguments(), False) for x, y in sources.items()}
     trainer = EmbeddingTrainer(embedder, args, sources, loss=losses)
     seen, decode = [], embedder.tokenizer.batch_decode
@@ -148,6 +148,17 @@ def test_mined_negatives_are_texts_of_other_pairs(golden):
         with_negatives({"pairs": ROWS}, 12, None, 8)
 
 
+def test_an_anchor_is_never_its_own_negative(golden):
+    """Of pairs in both orders it was the nearest text, and not the positive."""
+    turned = ROWS.rename_columns({"anchor": "positive", "positive": "anchor"})
+    rows = datasets.concatenate_datasets([ROWS, turned.select_columns(["anchor", "positive"])])
+    found = with_negatives({"pairs": rows}, 2, embedder_of(golden).eval(), 8)["pairs"]
+    assert found.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert len(found) == 24
+    for row in found:
+        assert len(set(row.values())) == 4
+
+
 def test_the_evaluation_ranks_held_out_texts(golden):
     """By words alone: a text is first, one second, and one not among the ten that share a word."""
     texts = [f"epsilon w{i}" for i in range(12)]
@@ -177,11 +188,41 @@ def test_scored_pairs_are_evaluated_by_rank(golden):
     assert baselines(None, evaluator, seed=1) == {}
 
 
+def test_texts_without_words_have_no_figure_by_words():
+    rows = datasets.Dataset.from_dict({"anchor": ["-", "+"], "positive": ["!", "?"]})
+    assert tfidf(build_evaluator({"pairs": rows}, 8).evaluators[0]) == {}
+    rows = datasets.Dataset.from_dict({"anchor": ["a b", "c"], "positive": ["b a", "c d"]})
+    assert tfidf(build_evaluator({"pairs": rows}, 8).evaluators[0])["eval_cosine_mrr@10"] == 1
+
+
+def test_the_encoder_has_what_the_arguments_say(golden):
+    config = embedder_of(golden, low_precision_layernorm=False)[0].model.config
+    assert config.low_precision_layernorm is False and config.attention_probs_dropout_prob == 0
+    assert embedder_of(golden)[0].model.config.low_precision_layernorm is True
+    data = PairArguments(max_seq_length=3000)
+    embedder = build_embedder(EmbedderArguments(model_name_or_path=str(golden)), data)
+    config = embedder[0].model.config
+    assert config.alibi_starting_size == config.max_position_embeddings == 3000
+    assert embedder.max_seq_length == 3000
+
+
+def test_a_model_with_more_than_the_mean_is_refused(golden, tmp_path):
+    for module in (Dense(96, 8), Pooling(96, pooling_mode="cls")):
+        base = embedder_of(golden)
+        modules = [base[0], module] if isinstance(module, Pooling) else [*base, module]
+        kind = type(module).__name__
+        SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / kind))
+        with pytest.raises(ValueError, match=f"has a module {kind} that is not the mean"):
+            embedder_of(tmp_path / kind)
+
+
 def test_what_is_missing_is_named(golden, tmp_path):
     with pytest.raises(ValueError, match="give --model_name_or_path"):
         embedder_of("")
     with pytest.raises(ValueError, match="nowhere"):
         embedder_of(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="give --query_prompt and --document_prompt in place of"):
+        EmbeddingArguments(output_dir="out", prompts="query: ")
     with pytest.raises(ValueError, match="in place of --global_batch_size"):
         EmbeddingArguments(output_dir="out", global_batch_size=8)
 
@@ -199,3 +240,12 @@ def test_a_model_is_a_sentence_transformer_with_the_prompts(golden):
     embedder = embedder_of(golden)
     assert isinstance(embedder, SentenceTransformer)
     assert embedder.prompts == {"query": "the ", "document": ""} and embedder.max_seq_length == 16
+
+
+def test_prompts_that_are_not_given_are_the_models(golden, tmp_path):
+    """A third stage lost those of the second."""
+    embedder_of(golden).save(str(tmp_path))
+    args = EmbedderArguments(model_name_or_path=str(tmp_path))
+    for given, expected in (({}, "the "), ({"query_prompt": ""}, ""), ({"query_prompt": "q"}, "q")):
+        prompts = build_embedder(args, PairArguments(**given, document_prompt="d")).prompts
+        assert prompts == {"query": expected, "document": "d"}

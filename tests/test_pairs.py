@@ -7,7 +7,13 @@ import datasets
 import pytest
 
 from mosaic_tools import embedded_text
-from mosaic_tools.pairs import PairArguments, as_pairs, load_pairs
+from mosaic_tools.pairs import (
+    PairArguments,
+    as_pairs,
+    load_pairs,
+    load_sources,
+    seen_in_training,
+)
 
 PAIRS = [{"anchor": f"anchor {i}", "positive": f"positive {i}"} for i in range(20)]
 
@@ -30,7 +36,6 @@ def write(file, rows):
         ("negative_1 negative_2 passage query", "query passage negative_1 negative_2"),
         # By order.
         ("title text", "title text"),
-        ("title text wrong worse", "title text wrong worse"),
     ],
 )
 def test_columns_are_known_by_name_or_else_by_order(columns, read):
@@ -53,7 +58,15 @@ def test_scored_pairs_have_two_texts_and_a_number(columns):
 
 
 @pytest.mark.parametrize(
-    "columns", ["text", "query question answer", "anchor text", "a b number", "anchor negative"]
+    "columns",
+    [
+        "text",
+        "query question answer",
+        "anchor text",
+        "a b number",
+        "anchor negative",
+        "id title text",
+    ],
 )
 def test_columns_that_cannot_be_told_apart_are_refused(columns):
     names = columns.split()
@@ -68,6 +81,7 @@ def test_columns_that_cannot_be_told_apart_are_refused(columns):
         ({"positive": " "}, "train.jsonl, row 4: positive is ' ', expected text"),
         ({"anchor": None}, "train.jsonl, row 4: anchor is None, expected text"),
         ({"negative": "positive 3"}, "row 4: negative_1 is the positive, 'positive 3': leave"),
+        ({"negative": "anchor 3"}, "row 4: negative_1 is the anchor, 'anchor 3': leave"),
         ({"score": 4.5}, "row 4: the score is 4.5, expected a number between -1 and 1.*divide"),
         ({"score": None}, "row 4: the score is None, expected a number"),
     ],
@@ -79,6 +93,50 @@ def test_a_row_that_lacks_something_is_named(change, message, tmp_path):
     file = write(tmp_path / "train.jsonl", rows)
     with pytest.raises(ValueError, match=message):
         load_pairs(PairArguments(train_file=[file], validation_split=30))
+
+
+def test_classes_are_no_scores():
+    """Entailment, class 0 of two, was the least alike."""
+    rows = rows_of(sentence1=["a", "b"], sentence2=["c", "d"], label=[0, 1])
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["entailment", "other"]))
+    with pytest.raises(ValueError, match="label has the classes entailment, other, which are no"):
+        as_pairs("data", rows)
+
+
+def test_what_columns_are_taken_for_is_printed(capsys):
+    as_pairs("data", rows_of(title=["a", "b"], text=["c", "d"]))
+    assert capsys.readouterr().out == "data: anchor is 'title', positive is 'text'\n"
+    as_pairs("data", rows_of(anchor=["a", "b"], positive=["c", "d"]))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_hub_datasets_other_parts_are_not_read(monkeypatch):
+    parts = {
+        "train": rows_of(query=["a", "b"], answer=["c", "d"]),
+        "test": rows_of(query=["", "x"]),
+    }
+    parts["validation"] = rows_of(query=["e", "f"], answer=["g", "d"])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: parts)
+    train, held_out = load_pairs(PairArguments(dataset_name="org/name"))
+    assert train["hub"]["anchor"][:] == ["a", "b"] and held_out["validation"]["positive"][0] == "g"
+    # Of e, f, g and d.
+    assert seen_in_training(train, held_out) == (1, 4)
+    del parts["train"]
+    with pytest.raises(ValueError, match="org/name has test, validation, but no train part"):
+        load_pairs(PairArguments(dataset_name="org/name"))
+
+
+def test_files_of_both_kinds_of_text_and_with_brackets_are_read(tmp_path):
+    kinds = {"a": "string", "b": "large_string"}
+    for name, kind in kinds.items():
+        features = datasets.Features({x: datasets.Value(kind) for x in ("anchor", "positive")})
+        datasets.Dataset.from_list(PAIRS, features=features).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    rows = load_sources([str(tmp_path / "*.parquet")])
+    assert len(rows["1__"]) == 40
+    file = write(tmp_path / "train[1].jsonl", PAIRS)
+    assert len(load_sources([file])["1_train_1_"]) == 20
 
 
 def test_data_that_teaches_nothing_is_refused(tmp_path):

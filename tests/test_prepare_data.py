@@ -49,12 +49,13 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix, streaming):
 
 
 def test_files_come_by_pattern_and_validation_from_its_own_file(tmp_path):
-    for name in ("a.txt", "b.txt"):
+    for name in ("a.txt", "b.txt", "c[1].txt"):
         (tmp_path / name).write_text(f"text of {name}\n")
     (tmp_path / "held.csv").write_text("text\nheld out\n")
-    data = DataArguments(train_file=[f"{tmp_path}/?.txt"], validation_file=[f"{tmp_path}/held.csv"])
+    files = [f"{tmp_path}/?.txt", f"{tmp_path}/c[1].txt"]
+    data = DataArguments(train_file=files, validation_file=[f"{tmp_path}/held.csv"])
     train, validation = corpus.load_documents(data)
-    assert train["text"][:] == ["text of a.txt", "text of b.txt"]
+    assert train["text"][:] == ["text of a.txt", "text of b.txt", "text of c[1].txt"]
     assert validation["text"][:] == ["held out"]
 
 

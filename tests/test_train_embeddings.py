@@ -2,6 +2,7 @@
 """train_embeddings.py on tiny models: what it learns and writes, who can read that, interruptions,
 and what it refuses."""
 
+import json
 import re
 import shutil
 
@@ -73,13 +74,16 @@ def test_the_card_has_figures_of_before_and_after_and_an_example_that_runs(train
     said = [f"{value}{x}" for x in ("after training", "before", "random weights", "TF-IDF")]
     assert re.search(", ".join(said), line)
     assert "| started from | golden |" in card and "license: mit" in card
+    assert "| CachedMultipleNegativesRankingLoss, both directions; CoSENTLoss |" in card
+    # Both parts are of the same texts here.
+    assert re.search(r"\| held out \| \d+ rows; of their (\d+) texts training has \1 too \|", card)
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     exec(example.replace('"."', repr(str(trained))))
 
 
 def test_the_folder_loads_everywhere_with_the_same_vectors(trained, tmp_path):
     model = SentenceTransformer(str(trained), trust_remote_code=True, device="cpu")
-    assert model.max_seq_length == 16
+    assert model.max_seq_length == model.tokenizer.model_max_length == 16
     # The forms that sentence-transformers 3 reads.
     kinds = [x["type"] for x in read_json(trained, "modules.json")]
     assert kinds == [
@@ -148,7 +152,7 @@ def test_hard_negatives_are_mined_and_trained_with(golden, tmp_path, monkeypatch
     train(monkeypatch, *["--matryoshka_dims", 32, 96], **write_data(tmp_path), **values)
     said = capsys.readouterr().out
     assert "data: train.jsonl: 1_train: 12 rows of anchor, positive, negative_1, negative_2" in said
-    assert "loss: MatryoshkaLoss, dimensions [32, 96]" in said
+    assert "loss: CachedMultipleNegativesRankingLoss, dimensions [32, 96]" in said
     assert 0 < losses(tmp_path / "out")[0] < 20
 
 
@@ -160,6 +164,23 @@ def test_two_processes_train_on_batches_of_their_own(golden, tmp_path):
     assert "run: 3 steps of 8 rows" in said and "nDCG@10, held out: " in said
     assert len(losses(tmp_path / "out")) == 3
     assert {x for x in PARTS if not (tmp_path / "out" / x).exists()} == set()
+
+
+def test_two_processes_compare_each_row_with_those_of_both(golden, tmp_path, monkeypatch):
+    """Eight rows on one device, and four on each of two, are the same batch."""
+    encoder = shutil.copytree(golden, tmp_path / "encoder")
+    config = read_json(encoder, "config.json") | {"hidden_dropout_prob": 0.0}
+    (encoder / "config.json").write_text(json.dumps(config))
+    file = write_rows(tmp_path / "rows.jsonl", PAIRS[:8])
+    values = {"model_name_or_path": encoder, "train_file": file, "validation_file": file}
+    values |= {"max_steps": 1, "symmetric": True}
+    one = {"output_dir": tmp_path / "one", "per_device_train_batch_size": 8}
+    train(monkeypatch, **values | one)
+    config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
+    two = flags(**RUN | values | {"output_dir": tmp_path / "two"})
+    run(tmp_path, *ACCELERATE, *config, ROOT / "train_embeddings.py", *two)
+    # The log has four decimals; of four rows alone it is ln 2 less or so.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
 
 
 def test_the_finished_folder_is_published(golden, tmp_path, monkeypatch, hub, capsys):
