@@ -33,6 +33,7 @@ from mosaic_tools.classifiers import (
 )
 from mosaic_tools.devices import (
     attention_backend,
+    leave_group,
     one_gpu_each,
     prepare_environment,
     use_all_cores,
@@ -189,3 +190,4 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave_group()

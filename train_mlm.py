@@ -23,6 +23,7 @@ from mosaic_tools.cards import about_weights, write_card
 from mosaic_tools.checkpoints import change_of_precision, checkpoint_to_resume, saving
 from mosaic_tools.devices import (
     attention_backend,
+    leave_group,
     one_gpu_each,
     prepare_environment,
     use_all_cores,
@@ -148,3 +149,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave_group()

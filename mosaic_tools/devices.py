@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers.utils import is_torch_bf16_gpu_available
 
 from mosaic_tools.family import is_ours
@@ -105,6 +106,12 @@ def one_gpu_each(args):
             f"this process has {args.n_gpu} GPUs, it can use one: start one process for each by "
             f"accelerate launch --num_processes {args.n_gpu}, or set CUDA_VISIBLE_DEVICES"
         )
+
+
+def leave_group():
+    """Leaves the group of processes, if there is one. A process that ends while it is in one may be
+    aborted, which the launcher takes for a failure of the whole run."""
+    PartialState().destroy_process_group()
 
 
 def usable_cores() -> int:
