@@ -7,7 +7,7 @@
 # make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
 #                 ONLY="attention pretraining" chooses, the plots are drawn from all records
-# JOBS=8 runs so many tests at a time, not two; each wants a core and 2 GB.
+# JOBS=2 runs so many tests at a time; each wants two cores, since some start two processes.
 # TRANSFORMERS=4.57.6 or 5.0.0 chooses another supported version, in an environment of its own.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ TRANSFORMERS ?= 5.23.0
 VENV := .venv-$(TRANSFORMERS)
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(TRANSFORMERS).txt
-JOBS ?= 2
+JOBS ?= 0
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS ?=
 DEMO_FACTOR ?= 4
