@@ -1,7 +1,7 @@
 # make test       creates the environment and runs the tests, without GPU or network
 # make test-slow  compiles every variant of the Triton kernel for four chips, and runs the
 #                 benchmarks at toy size
-# make demo       creates the environment, pre-trains a small model (6 minutes on two cores
+# make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
 # make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
