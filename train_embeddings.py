@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from mosaic_tools.callbacks import OF_EMBEDDINGS, draw_training
 from mosaic_tools.cards import about_weights, write_card
-from mosaic_tools.checkpoints import change_of_precision, checkpoint_to_resume, saving
+from mosaic_tools.checkpoints import checkpoint_to_resume
 from mosaic_tools.devices import (
     attention_backend,
     leave_group,
@@ -47,6 +47,7 @@ from mosaic_tools.embedding_trainer import (
 from mosaic_tools.pairs import PairArguments, load_pairs, seen_in_training
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import parse
+from mosaic_tools.recipe_trainer import train_and_save
 
 
 def describe(
@@ -131,19 +132,8 @@ def main():
     losses = {name: build_loss(x, embedder, model_args, gather) for name, x in train.items()}
     trainer = EmbeddingTrainer(embedder, args, train, loss=losses, evaluator=evaluator)
     facts = describe(trainer, model_args, data, held_out)
-    for name, value in facts.items():
-        trainer.accelerator.print(f"{name}: {value}")
-    if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
-        trainer.accelerator.print(f"{change}: --bf16 true or false chooses")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.sigterm.stopped and trainer.state.global_step < trainer.state.max_steps:
-        trainer.accelerator.print(
-            f"stopped by SIGTERM after step {trainer.state.global_step}, which is saved: repeat "
-            "the command with --resume_from_checkpoint last"
-        )
+    if not train_and_save(trainer, facts, checkpoint):
         return
-    with saving("the model", args.output_dir):
-        trainer.save_model()
     after = trainer.evaluate()
     trainer.save_metrics("eval", after)
     if trainer.is_world_process_zero():

@@ -20,7 +20,7 @@ from transformers import Trainer, set_seed
 
 from mosaic_tools.callbacks import draw_training
 from mosaic_tools.cards import about_weights, write_card
-from mosaic_tools.checkpoints import change_of_precision, checkpoint_to_resume, saving
+from mosaic_tools.checkpoints import checkpoint_to_resume
 from mosaic_tools.devices import (
     attention_backend,
     leave_group,
@@ -33,6 +33,7 @@ from mosaic_tools.family import is_ours
 from mosaic_tools.mlm_trainer import MlmTrainer, build_model
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import DataArguments, parse
+from mosaic_tools.recipe_trainer import train_and_save
 
 
 def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
@@ -108,19 +109,8 @@ def main():
 
     trainer = MlmTrainer(model, args, train, validation, tokenizer, data_args)
     facts = describe(trainer, data_args)
-    for name, value in facts.items():
-        trainer.accelerator.print(f"{name}: {value}")
-    if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
-        trainer.accelerator.print(f"{change}: --bf16 true or false chooses")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.sigterm.stopped and trainer.state.global_step < trainer.state.max_steps:
-        trainer.accelerator.print(
-            f"stopped by SIGTERM after step {trainer.state.global_step}, which is saved: repeat "
-            "the command with --resume_from_checkpoint last"
-        )
+    if not train_and_save(trainer, facts, checkpoint):
         return
-    with saving("the model", args.output_dir):
-        trainer.save_model()
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

@@ -124,10 +124,10 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
     source = args.model_name_or_path
     if not source:
         raise ValueError("give --model_name_or_path, the folder or Hub id of a pre-trained encoder")
-    family.config_values(source)
+    values = family.config_values(source)
     check_modules(source)
     tokenizer = load_tokenizer(args.tokenizer_name or source)
-    encoder = load_encoder(args, tokenizer, data.max_seq_length)
+    encoder = load_encoder(args, values, tokenizer, data.max_seq_length)
     if wrong := [x for x in args.matryoshka_dims or [] if not 0 < x <= encoder.config.hidden_size]:
         raise ValueError(
             f"matryoshka_dims {', '.join(map(str, wrong))}: {source} has embeddings of "
@@ -175,10 +175,9 @@ def check_modules(source: str):
             )
 
 
-def load_encoder(args: EmbedderArguments, tokenizer, max_seq_length: int):
-    """The checkpoint's encoder without a head or pooler."""
+def load_encoder(args: EmbedderArguments, values: dict, tokenizer, max_seq_length: int):
+    """The checkpoint's encoder, whose config.json has these values, without a head or pooler."""
     source = args.model_name_or_path
-    values = family.config_values(source)
     if family.is_of_family(values):
         config = family.as_ours(values, source)
         config.attention_probs_dropout_prob = 0.0

@@ -15,7 +15,7 @@ import datasets
 from mosaic_tools.corpus import first_rows, matching_files, split
 from mosaic_tools.embedded_text import embedded_pairs
 from mosaic_tools.labelled_data import check_texts, read_rows
-from mosaic_tools.recipe import option
+from mosaic_tools.recipe import SourceOfText, option
 
 # Usual names of columns, in lower case.
 FIRST = {"anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1", "text_1"}
@@ -30,7 +30,7 @@ SCORED = ("sentence1", "sentence2", "score")
 
 
 @dataclass
-class PairArguments:
+class PairArguments(SourceOfText):
     """Pairs of texts that belong together; several sources, each batch from one of them."""
 
     _argument_group_name = "data"
@@ -56,12 +56,7 @@ class PairArguments:
     )
 
     def __post_init__(self):
-        if self.train_file and self.dataset_name:
-            raise ValueError(f"give train_file or dataset_name ({self.dataset_name}), not both")
-        if self.validation_file and not (self.train_file or self.dataset_name):
-            raise ValueError(f"validation_file {self.validation_file} needs a train_file")
-        if not 0 < self.validation_split < 100:
-            raise ValueError(f"validation_split is a percentage, got {self.validation_split}")
+        self.check_source()
         for name, least in {"max_seq_length": 3, "max_eval_pairs": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -70,9 +65,7 @@ class PairArguments:
 
     def source(self) -> str:
         """Where the pairs come from, in words."""
-        name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        files = [Path(file).name for file in self.train_file or []]
-        return name or ", ".join(files or ["docstrings that CPython carries"])
+        return self.named_source() or "docstrings that CPython carries"
 
     def prompts(self) -> dict[str, str]:
         """Those given, by the names that sentence-transformers knows."""

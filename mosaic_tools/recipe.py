@@ -98,8 +98,27 @@ class TokenizerArguments:
             )
 
 
+class SourceOfText:
+    """Of arguments that have train_file, validation_file, validation_split, dataset_name and
+    dataset_config_name: what must hold of them, and their name."""
+
+    def check_source(self):
+        """ValueError: they contradict each other."""
+        if self.train_file and self.dataset_name:
+            raise ValueError(f"give train_file or dataset_name ({self.dataset_name}), not both")
+        if self.validation_file and not (self.train_file or self.dataset_name):
+            raise ValueError(f"validation_file {self.validation_file} needs a train_file")
+        if not 0 < self.validation_split < 100:
+            raise ValueError(f"validation_split is a percentage, got {self.validation_split}")
+
+    def named_source(self) -> str:
+        """The dataset's or the files' names, empty without either."""
+        name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        return name or ", ".join(Path(file).name for file in self.train_file or [])
+
+
 @dataclass
-class DataArguments:
+class DataArguments(SourceOfText):
     """Documents, each cut at max_seq_length tokens, or packed."""
 
     _argument_group_name = "data"
@@ -132,12 +151,7 @@ class DataArguments:
             raise ValueError(
                 f"max_seq_length is {self.max_seq_length}: [CLS], a token and [SEP] need at least 3"
             )
-        if self.train_file and self.dataset_name:
-            raise ValueError(f"give train_file or dataset_name ({self.dataset_name}), not both")
-        if self.validation_file and not (self.train_file or self.dataset_name):
-            raise ValueError(f"validation_file {self.validation_file} needs a train_file")
-        if not 0 < self.validation_split < 100:
-            raise ValueError(f"validation_split is a percentage, got {self.validation_split}")
+        self.check_source()
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(
@@ -149,9 +163,7 @@ class DataArguments:
         """Where the documents come from, in words."""
         if self.prepared_data and (facts := Path(self.prepared_data, "prepared.json")).is_file():
             return json.loads(facts.read_text())["source"]
-        name = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        files = [Path(file).name for file in self.train_file or []]
-        return name or ", ".join(files or ["English text that CPython carries"])
+        return self.named_source() or "English text that CPython carries"
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from mosaic_tools.checkpoints import COMPLETE, saving
+from mosaic_tools.checkpoints import COMPLETE, change_of_precision, saving
 from mosaic_tools.family import is_ours
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
@@ -41,6 +41,36 @@ class RecipeTrainer(Trainer):
         make_tokenizer_portable(
             folder, max_length_of(config, tokenizer, longest), has_token_types(config)
         )
+
+
+def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: str | None) -> bool:
+    """Says what is about to run, trains, and saves the model.
+
+    Args:
+        trainer: with a StopOnSigterm as `sigterm`.
+        facts: printed, a line each.
+        checkpoint: to go on from, or None.
+
+    Returns:
+        False if SIGTERM ended the training, whose last step is then in a checkpoint.
+    """
+    say, args = trainer.accelerator.print, trainer.args
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
+        say(f"{change}: --bf16 true or false chooses")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    # A resumed run has a state of its own.
+    state = trainer.state
+    if trainer.sigterm.stopped and state.global_step < state.max_steps:
+        say(
+            f"stopped by SIGTERM after step {state.global_step}, which is saved: repeat the "
+            "command with --resume_from_checkpoint last"
+        )
+        return False
+    with saving("the model", args.output_dir):
+        trainer.save_model()
+    return True
 
 
 def max_length_of(config, tokenizer, wanted: int) -> int:
