@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 from conftest import MODEL_FILES
+from datasets import Dataset
 from embeddings import PAIRS, RUN, SCORED, train, write_data
-from finetuning import write_rows
+from finetuning import SENTENCES, write_rows
 from hub import FILES_OF_OLD_TOKENIZERS, TOKENIZER_FILES
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -20,9 +21,11 @@ from training import ACCELERATE, ROOT, flags, read_json, read_log, run
 import convert_weights
 import train_embeddings
 from mosaic_tools.callbacks import StopOnSigterm
+from mosaic_tools.embedding_trainer import build_evaluator
 
 pytest_plugins = ["finetuning", "hub"]
-PROMPTS = {"query_prompt": "query: ", "document_prompt": "document: "}
+# In words of the tiny vocabulary: unknown ones would be the same token.
+PROMPTS = {"query_prompt": "the: ", "document_prompt": "book: "}
 PARTS = {
     *("model.safetensors", "config.json", "README.md", "training.png", "modules.json"),
     *("sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
@@ -104,11 +107,32 @@ def test_the_folder_loads_everywhere_with_the_same_vectors(trained, tmp_path):
 
 def test_the_prompts_are_saved_and_used(trained):
     model = SentenceTransformer(str(trained), trust_remote_code=True, device="cpu")
-    assert model.prompts == {"query": "query: ", "document": "document: "}
+    assert model.prompts == {"query": "the: ", "document": "book: "}
     texts = ["the old man", "a book"]
-    for encode, prompt in ((model.encode_query, "query: "), (model.encode_document, "document: ")):
+    for encode, prompt in ((model.encode_query, "the: "), (model.encode_document, "book: ")):
         assert (encode(texts) == model.encode([prompt + x for x in texts])).all()
         assert (encode(texts) != model.encode(texts)).any()
+    assert (model.encode_query(texts) != model.encode_document(texts)).any()
+
+
+def test_mteb_finds_what_our_evaluation_does(trained, tmp_path):
+    """The example of the docs, on pairs that are hard enough for figures between 0 and 1."""
+    rows = {"anchor": SENTENCES, "positive": SENTENCES[::-1]}
+    file = tmp_path / "pairs.jsonl"
+    Dataset.from_dict(rows).to_json(file)
+    page = (ROOT / "docs" / "embeddings.md").read_text()
+    example = re.search(r"## With mteb.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    for name, place in (("pairs.jsonl", file), ("runs/embeddings-demo", trained)):
+        example = example.replace(name, str(place))
+    exec(example, names := {})
+    model, evaluator = names["model"], build_evaluator({"pairs": Dataset.from_dict(rows)}, 8)
+    found = evaluator(model)
+    for name in ("ndcg", "mrr", "recall"):
+        figure = found[f"cosine_{name}@10"]
+        assert 0 < figure < 1
+        assert names["scores"][f"{name}_at_10"] == pytest.approx(figure, abs=1e-5)
+    model.prompts = {"query": "", "document": ""}
+    assert evaluator(model)["cosine_ndcg@10"] != found["cosine_ndcg@10"]
 
 
 def test_cross_encoders_and_sparse_encoders_start_from_it(trained):
