@@ -20,6 +20,7 @@ from benchmarks.speed import (
     memory,
     pretraining,
     profile_step,
+    sentence_embeddings,
 )
 
 
@@ -153,6 +154,47 @@ def test_memory_grows_with_its_slope_and_exponent(fake_clock, monkeypatch):
     assert 2 ** last["exponent"] == pytest.approx(2 * (3 * 2048 + 100) / (3 * 1024 + 100))
     *_, last = memory.grow(None, True, args, clocks.Deadline(1000))
     assert (last["rows"], last["tokens"]) == (2, 3072)
+
+
+def test_embeddings_are_counted_in_turn(fake_clock):
+    """Rounds of 300, 100 and 200 tokens, ours in half a second; and a fourth that is too late."""
+    seconds = iter([0.25, 1.0, 0.5])
+    functions = {
+        "mosaic": fake_clock.takes(0.5),
+        "modernbert": "no such model",
+        "bert": lambda: fake_clock.takes(next(seconds))(),
+    }
+    rows = sentence_embeddings.in_turn(functions, [300, 100, 200, 400], seconds=2)
+    found = {row.pop("setting"): row for row in rows}
+    assert found["modernbert"] == {"skipped": "no such model"}
+    assert found["mosaic"]["tokens_per_s"] == 400 and found["mosaic"]["ratio"] == 1
+    expected = {"rounds": 3, "tokens": 600, "seconds": 1.75, "tokens_per_s": 600 / 1.75}
+    assert found["bert"] == pytest.approx(expected | {"ratio": 1, "p20": 0.7, "p80": 1.6})
+
+
+def test_parts_have_the_batches_that_encode_makes_of_all_texts(monkeypatch):
+    monkeypatch.setattr(sentence_embeddings, "BATCH", 2)
+    monkeypatch.setattr(sentence_embeddings, "PARTS", 3)
+    monkeypatch.setattr(sentence_embeddings, "CUT", 10)
+    lengths = [7, 3, 12, 9, 5, 11, 4, 8, 6, 10, 13]
+    texts = sentence_embeddings.make_texts(lengths)
+    assert sentence_embeddings.count_tokens(texts) == sum(min(x, 10) for x in lengths)
+    parts = sentence_embeddings.dealt(texts)
+    found = [[len(text.split()) + 2 for text in part] for part in parts]
+    assert found == [[13, 12, 7, 6], [11, 10, 5, 4], [9, 8, 3]]
+
+
+def test_embeddings_of_a_model_that_reads_padding_get_no_time(monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(sentence_embeddings, "SMALL", sizes)
+    monkeypatch.setattr(sentence_embeddings, "BATCH", 8)
+    monkeypatch.setattr(sentence_embeddings, "DEVICE", "cpu")
+    embedder = sentence_embeddings.Embedder("mosaic", torch.float32, "encode")
+    encoder = embedder.model[0].model
+    forward = encoder.forward
+    encoder.forward = lambda attention_mask, **inputs: forward(**inputs)
+    with pytest.raises(AssertionError, match="off by"):
+        embedder.check(encoders.TOLERANCE[torch.float32])
 
 
 def test_parts_of_a_step_are_shares_of_it_and_the_rest_is_gaps():

@@ -342,6 +342,7 @@ else:
         ("speed/pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
         ("speed/inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
         ("speed/memory.py --settings mosaic --tasks step --longest 32", 4),
+        ("speed/sentence_embeddings.py --trained mosaic --rounds 1", 6),
         ("speed/profile_step.py --steps 1", 12),
         ("kernel/attention.py --providers ours sdpa", 16),
         ("kernel/tune.py", 11),

@@ -55,7 +55,7 @@ def quantiles(times):
     return torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
-def interleaved(functions, rounds, repeats=1, seconds=math.inf):
+def samples(functions, rounds, repeats=1, seconds=math.inf):
     """Times functions in turn, so that what disturbs one disturbs the others, and ratios are fair.
 
     Args:
@@ -64,7 +64,7 @@ def interleaved(functions, rounds, repeats=1, seconds=math.inf):
         repeats: calls in a sample, between which a GPU is not waited for.
 
     Returns:
-        dict: name to milliseconds of a call, median, 20 and 80 % quantile.
+        dict: name to milliseconds of a call in each round.
     """
     times = {name: [] for name in functions}
     end = time.monotonic() + seconds
@@ -78,7 +78,12 @@ def interleaved(functions, rounds, repeats=1, seconds=math.inf):
                 function()
             synchronize()
             times[name].append(1e3 * (time.perf_counter() - began) / repeats)
-    return {name: quantiles(samples) for name, samples in times.items()}
+    return times
+
+
+def interleaved(functions, rounds, repeats=1, seconds=math.inf):
+    """dict: name to milliseconds of a call, median, 20 and 80 % quantile, timed as by `samples`."""
+    return {name: quantiles(x) for name, x in samples(functions, rounds, repeats, seconds).items()}
 
 
 def peak_bytes(function):

@@ -95,9 +95,9 @@ def make_rows(lengths: list[int]) -> Rows:
     return Rows(lengths, ids * mask, mask, torch.where(chosen, words, -100))
 
 
-def configure(setting: Setting):
-    """Configuration of a model of base size, or of toy size with --toy."""
-    values = dict(vocab_size=VOCAB, pad_token_id=0)
+def configure(setting: Setting, **sizes):
+    """Configuration of a model of base size or of these sizes, or of toy size with --toy."""
+    values = sizes | dict(vocab_size=VOCAB, pad_token_id=0)
     if TOY:
         values |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         values |= dict(intermediate_size=64)
