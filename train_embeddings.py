@@ -39,7 +39,7 @@ from mosaic_tools.embedding_trainer import (
     build_embedder,
     build_evaluator,
     build_loss,
-    check_batch,
+    check_sources,
     describe_loss,
     prompts_of_columns,
     with_negatives,
@@ -61,6 +61,8 @@ def describe(
         name: f"{len(rows):,} rows of {', '.join(rows.column_names)}"
         for name, rows in trainer.train_dataset.items()
     }
+    for name, weight in zip(sources, args.source_weights or [], strict=False):
+        sources[name] += f", {weight / sum(args.source_weights):.0%} of the batches"
     losses = dict.fromkeys(describe_loss(x, model) for x in trainer.train_dataset.values())
     prompts = " and ".join(repr(x) for x in trainer.model.prompts.values() if x)
     return {
@@ -124,7 +126,7 @@ def main():
         batch = args.per_device_eval_batch_size
         train = with_negatives(train, data.mine_hard_negatives, embedder, batch)
     gather = args.world_size > 1
-    check_batch(train, args.train_batch_size, args.world_size)
+    check_sources(train, args)
     args.prompts = prompts_of_columns(train, embedder.prompts)
     # A resumed run has the figures before training in its log.
     args.eval_on_start = checkpoint is None

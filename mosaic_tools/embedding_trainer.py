@@ -8,6 +8,7 @@ run resumes and stops as the others do, and folders load in old and new versions
 import copy
 import itertools
 import json
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ try:
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+    from sentence_transformers.base.sampler import (
+        MultiDatasetBatchSamplers,
+        NoDuplicatesBatchSampler,
+        SetEpochMixin,
+    )
     from sentence_transformers.sentence_transformer.evaluation import (
         EmbeddingSimilarityEvaluator,
         InformationRetrievalEvaluator,
@@ -97,6 +102,9 @@ class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
     max_grad_norm: float = option(1.0, "clips gradients; 0 does not")
     num_train_epochs: float = 1.0
     batch_sampler: str = option("no_duplicates", "of sentence-transformers; no text twice")
+    source_weights: list[float] | None = option(
+        None, "batches of each source beside those of the others, such as 2 1; None: as it has rows"
+    )
     dataloader_drop_last: bool = option(True, "a smaller last batch would be an easier one")
 
     def __post_init__(self):
@@ -108,7 +116,14 @@ class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
                 "compared with those of its batch, which micro-batches would take apart; "
                 "--mini_batch_size saves memory"
             )
+        weights = self.source_weights or []
+        if not all(0 < x < math.inf for x in weights):
+            raise ValueError(f"source_weights are {weights}: each must be a number above 0")
         super().__post_init__()
+        if weights and self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
+            raise ValueError("give --source_weights or --multi_dataset_batch_sampler, not both")
+        # A batch is drawn for all devices together, and each has its part of it.
+        self.accelerator_config.split_batches = True
 
 
 # ---- model ----
@@ -251,18 +266,25 @@ def mine(name: str, rows, count: int, embedder, batch_size: int):
     return datasets.Dataset.from_list(kept)
 
 
-def check_batch(sources: dict, rows: int, devices: int):
-    """ValueError: a source has not as many batches of so many rows, without a text twice, as there
-    are devices."""
+def check_sources(sources: dict, args: EmbeddingArguments):
+    """ValueError: a source has no batch of as many rows as all devices have, without a text twice,
+    or there are not as many weights as sources."""
+    rows = args.train_batch_size * args.world_size
     for name, source in sources.items():
         sampler = NoDuplicatesBatchSampler(
             source, rows, drop_last=True, valid_label_columns=["score"], generator=torch.Generator()
         )
-        if len(list(itertools.islice(sampler, devices))) < devices:
+        if not next(iter(sampler), None):
             raise ValueError(
-                f"{name} has {len(source)} rows, too few for a batch of {rows} on each of "
-                f"{devices} device(s) that has no text twice: lower --per_device_train_batch_size"
+                f"{name} has {len(source)} rows, too few for a batch of {rows} on {args.world_size}"
+                " device(s) that has no text twice: lower --per_device_train_batch_size"
             )
+    weights = args.source_weights
+    if weights and len(weights) != len(sources):
+        raise ValueError(
+            f"source_weights are {weights} for the {len(sources)} source(s) {', '.join(sources)}: "
+            "give as many numbers as --train_file has words"
+        )
 
 
 def prompts_of_columns(sources: dict, prompts: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -378,6 +400,37 @@ def tfidf(ranking: InformationRetrievalEvaluator) -> dict[str, float]:
 # ---- training ----
 
 
+class Share(SetEpochMixin):
+    """So many batches of a source in each epoch. If it has fewer it starts over, in another order;
+    if it has more, others are left out in each epoch."""
+
+    def __init__(self, sampler, batches: int):
+        super().__init__()
+        self.sampler, self.batches = sampler, batches
+        self.batch_size, self.drop_last = sampler.batch_size, sampler.drop_last
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        passes = math.ceil(self.batches / len(self.sampler))
+        return itertools.islice(self.endless(self.epoch * passes), self.batches)
+
+    def endless(self, first: int):
+        """Batches of one pass after another, whose orders are those of the epochs from `first`."""
+        for number in itertools.count(first):
+            self.sampler.set_epoch(number)
+            yield from self.sampler
+
+
+def weighted(samplers: list, weights: list[float]) -> list[Share]:
+    """Samplers of as many batches together, up to rounding, shared out by the weights; each has one
+    batch at least."""
+    batches = sum(map(len, samplers)) / sum(weights)
+    pairs = zip(samplers, weights, strict=True)
+    return [Share(sampler, max(1, round(batches * weight))) for sampler, weight in pairs]
+
+
 class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
     """sentence-transformers' Trainer with the habits of this package's: the recipe's weight decay,
     checkpoints that are known to be whole, a stop on SIGTERM, log.jsonl, folders as
@@ -393,6 +446,17 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
             callbacks=[Checkpoints(streams=False), self.sigterm, LogFile()],
             **kwargs,
         )
+
+    def get_batch_sampler(self, dataset, batch_size: int, **kwargs):
+        return super().get_batch_sampler(dataset, batch_size * self.args.world_size, **kwargs)
+
+    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers: list, **kwargs):
+        if self.args.source_weights:
+            batch_samplers = weighted(batch_samplers, self.args.source_weights)
+        sampler = super().get_multi_dataset_batch_sampler(dataset, batch_samplers, **kwargs)
+        # Where batches are split, accelerate tells the epoch to this one only.
+        sampler.sampler = sampler
+        return sampler
 
     def add_model_card_callback(self, default_args_dict):
         """The card is cards.py's."""

@@ -5,6 +5,7 @@ batches hold no text twice and come from one source, and the evaluation counts w
 import datasets
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from conftest import run_python
 from embeddings import PAIRS, RUN, SCORED
 from sentence_transformers import SentenceTransformer
@@ -24,7 +25,7 @@ from mosaic_tools.embedding_trainer import (
     build_embedder,
     build_evaluator,
     build_loss,
-    check_batch,
+    check_sources,
     prompts_of_columns,
     tfidf,
     with_negatives,
@@ -99,16 +100,25 @@ def test_scored_pairs_have_cosent_and_dimensions_matryoshka(golden):
         embedder_of(golden, matryoshka_dims=[16, 97])
 
 
-def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):
+def arguments(folder, **values):
+    given = {x: y for x, y in RUN.items() if x in ("per_device_train_batch_size", "max_steps")}
+    given |= {"output_dir": str(folder), "bf16": False, "use_cpu": True}
+    return EmbeddingArguments(**given | values)
+
+
+def trainer_of(golden, sources, args):
     embedder = embedder_of(golden)
+    losses = {x: build_loss(y, embedder, EmbedderArguments(), False) for x, y in sources.items()}
+    return EmbeddingTrainer(embedder, args, sources, loss=losses)
+
+
+def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):
     # Every row twice, of which only one can be in a batch.
     sources = {"twice": datasets.concatenate_datasets([ROWS, ROWS]), "scored": STS}
-    values = {x: y for x, y in RUN.items() if x in ("per_device_train_batch_size", "max_steps")}
-    args = EmbeddingArguments(output_dir=str(tmp_path), bf16=False, use_cpu=True, **values)
+    args = arguments(tmp_path)
     args.prompts = prompts_of_columns(sources, {"query": "the ", "document": "a "})
-    losses = {x: build_loss(y, embedder, EmbedderArguments(), False) for x, y in sources.items()}
-    trainer = EmbeddingTrainer(embedder, args, sources, loss=losses)
-    seen, decode = [], embedder.tokenizer.batch_decode
+    trainer = trainer_of(golden, sources, args)
+    seen, decode = [], trainer.model.tokenizer.batch_decode
     for batch in trainer.get_train_dataloader():
         seen.append(batch["dataset_name"])
         scored = seen[-1] == "scored"
@@ -123,14 +133,86 @@ def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):
     assert seen.count("twice") == 6 and seen.count("scored") == 5
 
 
-def test_a_batch_must_fit_the_data_without_a_text_twice():
-    check_batch({"pairs": ROWS}, 12, 1)
-    check_batch({"pairs": ROWS, "scored": STS}, 6, 2)
+def batches_of(loader, epoch):
+    loader.set_epoch(epoch)
+    return [tuple(x) for x in loader.batch_sampler]
+
+
+def test_two_devices_have_parts_of_one_batch(golden, tmp_path, monkeypatch):
+    """Of different sources they waited for each other for ever: one compared pairs with those of
+    both, and the other had scored pairs. Epochs differ with every transformers."""
+    monkeypatch.setattr(EmbeddingArguments, "world_size", 2)
+    sources = {"twice": datasets.concatenate_datasets([ROWS, ROWS]), "scored": STS}
+    loader = trainer_of(golden, sources, arguments(tmp_path)).get_train_dataloader()
+    shards = [BatchSamplerShard(loader.batch_sampler, 2, i, split_batches=True) for i in (0, 1)]
+    loaders = [DataLoaderShard(loader.dataset, batch_sampler=x) for x in shards]
+    texts, epochs = sources["twice"]["anchor"][:], []
+    for epoch in (0, 1):
+        # One after the other, since here they share a generator.
+        batches = list(zip(*(batches_of(x, epoch) for x in loaders), strict=True))
+        for parts in batches:
+            assert [len(x) for x in parts] == [4, 4]
+            rows = [*parts[0], *parts[1]]
+            assert len({row < len(texts) for row in rows}) == 1
+            assert rows[0] >= len(texts) or len({texts[row] for row in rows}) == 8
+        epochs.append(batches)
+    assert len(epochs[0]) == 3 + 2 and epochs[0] != epochs[1]
+
+
+def test_sources_have_batches_by_their_weights(golden, tmp_path):
+    """Of 3 and 5 batches, by 3 to 1: 6, which start over in another order, and 2."""
+    sources = {"pairs": ROWS, "scored": STS}
+    loader = trainer_of(golden, sources, arguments(tmp_path, source_weights=[3, 1]))
+    loader = loader.get_train_dataloader()
+    epochs = [batches_of(loader, epoch) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1] and len(loader) == 8
+    seen = []
+    for batches in epochs:
+        pairs = [x for x in batches if max(x) < len(ROWS)]
+        assert len(pairs) == 6 and len({frozenset(x) for x in pairs}) > 3
+        assert all(min(x) >= len(ROWS) for x in batches if x not in pairs) and len(batches) == 8
+        seen.append({frozenset(x) for x in pairs})
+        # Two passes: each reads every row.
+        assert sorted(sum(pairs[:3], ())) == sorted(sum(pairs[3:], ())) == list(range(len(ROWS)))
+    assert seen[0] != seen[1]
+
+
+def test_a_source_of_little_weight_has_a_batch(golden, tmp_path):
+    args = arguments(tmp_path, source_weights=[1e-3, 1])
+    loader = trainer_of(golden, {"pairs": ROWS, "scored": STS}, args).get_train_dataloader()
+    assert sum(max(x) < len(ROWS) for x in batches_of(loader, 0)) == 1 and len(loader) == 9
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source_weights": [1, 0]}, r"source_weights are \[1, 0\]: each must be a number above 0"),
+        ({"source_weights": [float("nan")]}, "each must be a number above 0"),
+        (
+            {"source_weights": [1, 2], "multi_dataset_batch_sampler": "round_robin"},
+            "give --source_weights or --multi_dataset_batch_sampler, not both",
+        ),
+        ({"source_weights": [1]}, r"are \[1\] for the 2 source\(s\) pairs, scored: give as many"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_sources({"pairs": ROWS, "scored": STS}, arguments(tmp_path, **values))
+
+
+def test_a_batch_must_fit_the_data_without_a_text_twice(tmp_path, monkeypatch):
     twice = datasets.concatenate_datasets([ROWS, ROWS])
-    check_batch({"twice": twice}, 12, 2)
-    for rows, batch, devices in ((ROWS, 13, 1), (ROWS, 7, 2), (twice, 13, 1)):
-        with pytest.raises(ValueError, match=f"a batch of {batch} on each of {devices} dev"):
-            check_batch({"pairs": rows}, batch, devices)
+
+    def check(rows, devices, **sources):
+        monkeypatch.setattr(EmbeddingArguments, "world_size", devices)
+        check_sources(sources, arguments(tmp_path, per_device_train_batch_size=rows))
+
+    check(12, 1, pairs=ROWS)
+    check(4, 2, pairs=ROWS, scored=STS)
+    check(6, 2, twice=twice)
+    for rows, batch, devices in ((ROWS, 13, 1), (ROWS, 7, 2), (twice, 13, 1), (twice, 7, 2)):
+        with pytest.raises(ValueError, match=f"a batch of {batch * devices} on {devices} device"):
+            check(batch, devices, pairs=rows)
 
 
 def test_mined_negatives_are_texts_of_other_pairs(golden):

@@ -145,19 +145,20 @@ def test_cross_encoders_and_sparse_encoders_start_from_it(trained):
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(golden, tmp_path, monkeypatch):
     data = write_data(tmp_path) | {"model_name_or_path": golden}
     words = ["--train_file", data.pop("train_file"), write_rows(tmp_path / "more.jsonl", SCORED)]
-    # Batches of both sources, epochs of five steps, dropout.
-    values = data | {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    words += ["--source_weights", 3, 1]
+    # Batches of both sources, the first of which starts over; epochs of eight steps, dropout.
+    values = data | {"max_steps": 11, "save_strategy": "steps", "save_steps": 5}
     train(monkeypatch, *words, **values)
     out, whole = tmp_path / "out", tmp_path / "whole"
     shutil.copytree(out, whole)
-    (out / "checkpoint-6" / "complete.json").unlink()
-    (out / "checkpoint-8" / "complete.json").unlink()
+    (out / "checkpoint-10" / "complete.json").unlink()
+    (out / "checkpoint-11" / "complete.json").unlink()
     train(monkeypatch, *words, **values, resume_from_checkpoint="last")
-    assert losses(out) == losses(whole) and len(losses(out)) == 8
+    assert losses(out) == losses(whole) and len(losses(out)) == 11
     found, expected = (load_file(x / "model.safetensors") for x in (out, whole))
     assert all(torch.equal(found[x], y) for x, y in expected.items())
     before = [x for x in read_log(out) if "eval_cosine_ndcg@10" in x]
-    assert [x["step"] for x in before] == [0, 8]
+    assert [x["step"] for x in before] == [0, 11]
 
 
 def test_sigterm_saves_and_ends(golden, tmp_path, monkeypatch, capsys):
@@ -180,13 +181,17 @@ def test_hard_negatives_are_mined_and_trained_with(golden, tmp_path, monkeypatch
     assert 0 < losses(tmp_path / "out")[0] < 20
 
 
-def test_two_processes_train_on_batches_of_their_own(golden, tmp_path):
+def test_two_processes_train_on_sources_of_both_kinds(golden, tmp_path):
+    """They waited for each other for ever, where each had a batch of another kind."""
     data = write_data(tmp_path) | {"model_name_or_path": golden}
+    words = ["--train_file", data.pop("train_file"), write_rows(tmp_path / "more.jsonl", SCORED)]
+    words += ["--source_weights", 1, 1]
     config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
-    values = flags(**RUN | data | {"max_steps": 3})
-    said = run(tmp_path, *ACCELERATE, *config, ROOT / "train_embeddings.py", *values)
-    assert "run: 3 steps of 8 rows" in said and "nDCG@10, held out: " in said
-    assert len(losses(tmp_path / "out")) == 3
+    values = flags(**RUN | data | {"max_steps": 4})
+    said = run(tmp_path, *ACCELERATE, *config, ROOT / "train_embeddings.py", *words, *values)
+    assert "2_more: 23 rows of sentence1, sentence2, score, 50% of the batches" in said
+    assert "run: 4 steps of 8 rows" in said and "nDCG@10, held out: " in said
+    assert len(losses(tmp_path / "out")) == 4
     assert {x for x in PARTS if not (tmp_path / "out" / x).exists()} == set()
 
 
