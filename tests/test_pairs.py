@@ -184,16 +184,35 @@ def test_no_anchor_is_held_out_and_trained_on(tmp_path):
 
 
 def test_docstrings_are_pairs_of_summary_and_body(monkeypatch):
-    train, held_out = load_pairs(PairArguments())
-    train, held_out = train["docstrings"], held_out["docstrings"]
-    assert len(train) > 1000 and len(held_out) > 50
-    texts = [x for part in (train, held_out) for name in ("anchor", "positive") for x in part[name]]
-    assert len(set(texts)) == len(texts)
     body = "Eight words make a body, shorter is none."
     docs = [f"One line here.\n\n{body}\n", f"Two\nlines here.\n\n{body} Or more.", "Short.\n\nToo."]
     files = {"json/decoder.py": [*docs, docs[0]]}
-    monkeypatch.setattr(embedded_text, "module_docstrings", lambda: files)
+    monkeypatch.setattr(embedded_text, "documents", lambda: files)
+    monkeypatch.setattr(embedded_text, "sentences_in_context", lambda text: [])
     assert embedded_text.embedded_pairs() == ([("One line here.", body)], [])
+
+
+def test_sentences_are_pairs_with_the_words_around_them():
+    text = "One two. Three four? Not e.g. this one! Five."
+    assert embedded_text.sentences_in_context(text, length=4) == [
+        ("One two.", "Three four?"),
+        ("Three four?", "One two. Not e.g."),
+        ("Not e.g. this one!", "Three four? Five."),
+        ("Five.", "this one!"),
+    ]
+
+
+def test_no_held_out_text_is_a_part_of_training():
+    """A sentence, or the words around one, held a summary that a held-out file has too."""
+    train, held_out = load_pairs(PairArguments())
+    train, held_out = train["docstrings"], held_out["docstrings"]
+    assert len(train) > 10_000 and len(held_out) > 50
+    kept = [*held_out["anchor"], *held_out["positive"]]
+    assert len(set(kept)) == len(kept)
+    pairs = list(zip(train["anchor"], train["positive"], strict=True))
+    assert len(set(pairs)) == len(pairs)
+    everything = "\n".join(text for pair in pairs for text in pair)
+    assert not [text for text in kept if text in everything]
 
 
 @pytest.mark.parametrize(
