@@ -83,12 +83,17 @@ def describe(
     }
 
 
-def figures(found: dict[str, dict[str, float]]) -> dict[str, str]:
-    """Each metric's value by when or by what it was found, for the model card."""
+def figures(found: dict[str, dict[str, float]], dims: list[int]) -> dict[str, str]:
+    """Each metric's value by when or by what it was found, of whole embeddings and of their first
+    dimensions, for the model card."""
+    parts = {"held out": "eval_"} | {
+        f"held out, first {x} dimensions": f"eval_dim_{x}_" for x in dims
+    }
     return {
-        f"{name}, held out": ", ".join(f"{x[key]:.3f} {by}" for by, x in found.items() if key in x)
-        for key, name in (RANKING | CORRELATION).items()
-        if key in found["after training"]
+        f"{name}, {part}": ", ".join(f"{x[key]:.3f} {by}" for by, x in found.items() if key in x)
+        for part, prefix in parts.items()
+        for metric, name in (RANKING | CORRELATION).items()
+        if (key := metric.replace("eval_", prefix)) in found["after training"]
     }
 
 
@@ -130,7 +135,9 @@ def main():
     args.prompts = prompts_of_columns(train, embedder.prompts)
     # A resumed run has the figures before training in its log.
     args.eval_on_start = checkpoint is None
-    evaluator = build_evaluator(held_out, args.per_device_eval_batch_size)
+    size = embedder[0].model.config.hidden_size
+    dims = [x for x in model_args.matryoshka_dims or [] if x < size]
+    evaluator = build_evaluator(held_out, args.per_device_eval_batch_size, dims)
     losses = {name: build_loss(x, embedder, model_args, gather) for name, x in train.items()}
     trainer = EmbeddingTrainer(embedder, args, train, loss=losses, evaluator=evaluator)
     facts = describe(trainer, model_args, data, held_out)
@@ -142,7 +149,7 @@ def main():
         before = next(x for x in trainer.state.log_history if "eval_runtime" in x)
         found = {"after training": after, "before": before}
         found |= baselines(embedder, evaluator, args.seed)
-        results = figures(found)
+        results = figures(found, dims)
         for name, value in results.items():
             print(f"{name}: {value}")
         folder = Path(args.output_dir)

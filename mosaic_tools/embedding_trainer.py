@@ -25,9 +25,9 @@ from mosaic_tools import family
 from mosaic_tools.callbacks import LogFile, StopOnSigterm
 from mosaic_tools.checkpoints import Checkpoints
 from mosaic_tools.files import read_json
-from mosaic_tools.pairs import PairArguments, is_scored
+from mosaic_tools.pairs import SCORED, PairArguments, is_scored
 from mosaic_tools.publishing import write_pooling
-from mosaic_tools.recipe import RecipeArguments, option
+from mosaic_tools.recipe import RecipeArguments, check_range, option
 from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, max_length_of
 from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
 
@@ -90,6 +90,9 @@ class EmbedderArguments:
     )
     attn_implementation: str | None = option(None, "None: the best that the device has")
 
+    def __post_init__(self):
+        check_range(self, "mini_batch_size", least=1)
+
 
 @dataclass
 class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
@@ -120,6 +123,11 @@ class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
         if not all(0 < x < math.inf for x in weights):
             raise ValueError(f"source_weights are {weights}: each must be a number above 0")
         super().__post_init__()
+        if self.train_batch_size * self.world_size < 2:
+            raise ValueError(
+                "--per_device_train_batch_size 1 leaves a row nothing to be compared with: give 2 "
+                "or more"
+            )
         if weights and self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
             raise ValueError("give --source_weights or --multi_dataset_batch_sampler, not both")
         # A batch is drawn for all devices together, and each has its part of it.
@@ -149,6 +157,12 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
             f"{encoder.config.hidden_size} dimensions"
         )
     length = max_length_of(encoder.config, tokenizer, data.max_seq_length)
+    for prompt in data.prompts().values():
+        if len(tokenizer(prompt)["input_ids"]) >= length:
+            raise ValueError(
+                f"the prompt {prompt!r} leaves nothing of a text of {length} tokens: shorten it, "
+                "or raise --max_seq_length"
+            )
     # One name, since transformers copies its code to a cache by it.
     with tempfile.TemporaryDirectory() as folder, family.without_report():
         place = Path(folder, "encoder")
@@ -178,6 +192,8 @@ def check_modules(source: str):
     """ValueError: the source is a SentenceTransformer that is more than an encoder under the mean,
     and would lose the rest."""
     for module in settings_of(source, "modules.json", list):
+        if not (isinstance(module, dict) and {"path", "type"} <= set(module)):
+            raise ValueError(f"{source}/modules.json lists {module!r}, no module by path and type")
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             pooling = settings_of(source, f"{module['path']}/config.json")
@@ -336,25 +352,31 @@ def build_loss(rows, embedder, args: EmbedderArguments, gather: bool):
     return loss
 
 
-def build_evaluator(held_out: dict, batch_size: int) -> SequentialEvaluator:
+def build_evaluator(held_out: dict, batch_size: int, dims: list[int]) -> SequentialEvaluator:
     """Retrieval of each held-out pair's positive among all of them by its anchor, and the rank
-    correlation of scored pairs' cosines."""
+    correlation of scored pairs' cosines; then the same by the first dimensions, as many as each of
+    dims says. The score is that of whole embeddings."""
     pairs = [x for rows in held_out.values() if not is_scored(rows) for x in rows]
     scored = [x for rows in held_out.values() if is_scored(rows) for x in rows]
-    options, evaluators = {"batch_size": batch_size, "write_csv": False}, []
-    if pairs:
-        queries = dict.fromkeys(x["anchor"] for x in pairs)
-        documents = dict.fromkeys(x["positive"] for x in pairs)
-        relevant = {text: set() for text in queries}
-        for x in pairs:
-            relevant[x["anchor"]].add(x["positive"])
-        # Each text is its own id.
-        ids = {text: text for text in queries}, {text: text for text in documents}
-        evaluators.append(InformationRetrievalEvaluator(*ids, relevant, **options))
-    if scored:
-        columns = ([x[name] for x in scored] for name in ("sentence1", "sentence2", "score"))
-        evaluators.append(EmbeddingSimilarityEvaluator(*columns, **options))
-    return SequentialEvaluator(evaluators)
+    queries = dict.fromkeys(x["anchor"] for x in pairs)
+    documents = dict.fromkeys(x["positive"] for x in pairs)
+    relevant = {text: set() for text in queries}
+    for x in pairs:
+        relevant[x["anchor"]].add(x["positive"])
+    # Each text is its own id.
+    retrieval = {text: text for text in queries}, {text: text for text in documents}, relevant
+    columns = [[x[name] for x in scored] for name in SCORED]
+
+    def evaluators(**options):
+        options |= {"batch_size": batch_size, "write_csv": False}
+        if pairs:
+            yield InformationRetrievalEvaluator(*retrieval, **options)
+        if scored:
+            yield EmbeddingSimilarityEvaluator(*columns, **options)
+
+    whole = list(evaluators())
+    parts = [x for dim in dims for x in evaluators(truncate_dim=dim, name=f"dim_{dim}")]
+    return SequentialEvaluator(whole + parts, lambda scores: scores[len(whole) - 1])
 
 
 def baselines(embedder, evaluator: SequentialEvaluator, seed: int) -> dict[str, dict[str, float]]:

@@ -247,7 +247,7 @@ def test_the_evaluation_ranks_held_out_texts(golden):
     pairs = [("alpha beta", "alpha beta"), ("alpha", "alpha beta gamma"), ("epsilon w0", "delta")]
     pairs += [(text.split()[1], text) for text in texts]
     rows = dict(zip(("anchor", "positive"), zip(*pairs, strict=True), strict=True))
-    evaluator = build_evaluator({"pairs": datasets.Dataset.from_dict(rows)}, 8)
+    evaluator = build_evaluator({"pairs": datasets.Dataset.from_dict(rows)}, 8, [])
     found = tfidf(evaluator.evaluators[0])
     assert found["eval_cosine_mrr@10"] == pytest.approx((13 + 0.5) / 15)
     assert found["eval_cosine_recall@10"] == pytest.approx(14 / 15)
@@ -265,16 +265,28 @@ def test_the_evaluation_ranks_held_out_texts(golden):
 
 
 def test_scored_pairs_are_evaluated_by_rank(golden):
-    evaluator = build_evaluator({"scored": STS}, 8)
+    evaluator = build_evaluator({"scored": STS}, 8, [])
     assert -1 <= evaluator(embedder_of(golden).eval())["spearman_cosine"] <= 1
     assert baselines(None, evaluator, seed=1) == {}
 
 
+def test_first_dimensions_are_evaluated_beside_the_whole(golden):
+    embedder, sources = embedder_of(golden).eval(), {"pairs": ROWS, "scored": STS}
+    whole = build_evaluator(sources, 8, [])
+    found = build_evaluator(sources, 8, [4])(embedder)
+    expected = whole(embedder)
+    embedder.truncate_dim = 4
+    parts = {f"dim_4_{name}": x for name, x in whole(embedder).items() if name in found}
+    del parts["dim_4_sequential_score"]
+    assert found == parts | expected
+    assert found["dim_4_spearman_cosine"] != found["spearman_cosine"] == found["sequential_score"]
+
+
 def test_texts_without_words_have_no_figure_by_words():
     rows = datasets.Dataset.from_dict({"anchor": ["-", "+"], "positive": ["!", "?"]})
-    assert tfidf(build_evaluator({"pairs": rows}, 8).evaluators[0]) == {}
+    assert tfidf(build_evaluator({"pairs": rows}, 8, []).evaluators[0]) == {}
     rows = datasets.Dataset.from_dict({"anchor": ["a b", "c"], "positive": ["b a", "c d"]})
-    assert tfidf(build_evaluator({"pairs": rows}, 8).evaluators[0])["eval_cosine_mrr@10"] == 1
+    assert tfidf(build_evaluator({"pairs": rows}, 8, []).evaluators[0])["eval_cosine_mrr@10"] == 1
 
 
 def test_the_encoder_has_what_the_arguments_say(golden):

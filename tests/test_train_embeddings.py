@@ -125,7 +125,7 @@ def test_mteb_finds_what_our_evaluation_does(trained, tmp_path):
     for name, place in (("pairs.jsonl", file), ("runs/embeddings-demo", trained)):
         example = example.replace(name, str(place))
     exec(example, names := {})
-    model, evaluator = names["model"], build_evaluator({"pairs": Dataset.from_dict(rows)}, 8)
+    model, evaluator = names["model"], build_evaluator({"pairs": Dataset.from_dict(rows)}, 8, [])
     found = evaluator(model)
     for name in ("ndcg", "mrr", "recall"):
         figure = found[f"cosine_{name}@10"]
@@ -135,11 +135,37 @@ def test_mteb_finds_what_our_evaluation_does(trained, tmp_path):
     assert evaluator(model)["cosine_ndcg@10"] != found["cosine_ndcg@10"]
 
 
-def test_cross_encoders_and_sparse_encoders_start_from_it(trained):
-    ranks = CrossEncoder(str(trained), trust_remote_code=True, num_labels=1, device="cpu")
-    assert ranks.predict([("a book", "the man")]).shape == (1,)
-    sparse = SparseEncoder(str(trained), trust_remote_code=True, device="cpu")
-    assert sparse.encode(["a book"]).shape[0] == 1
+def test_cross_encoders_start_from_it(trained, tmp_path):
+    options = {"trust_remote_code": True, "device": "cpu"}
+    ranker = CrossEncoder(str(trained), num_labels=1, **options)
+    encoder = load_file(trained / "model.safetensors")
+    start = ranker.model.bert.state_dict()
+    assert all(torch.equal(start[x], y) for x, y in encoder.items()) and len(encoder) > 20
+    pairs = [("a book", "the man"), ("the man", "the man")]
+    before = ranker.predict(pairs)
+    inputs = ranker.tokenizer(*zip(*pairs, strict=True), padding=True, return_tensors="pt")
+    optimizer = torch.optim.SGD(ranker.model.parameters(), lr=1)
+    ranker.model(**inputs, labels=torch.tensor([[0.0], [1.0]])).loss.backward()
+    optimizer.step()
+    after = ranker.predict(pairs)
+    ranker.save_pretrained(str(tmp_path))
+    again = CrossEncoder(str(tmp_path), **options).predict(pairs)
+    assert (again == after).all() and (after != before).all()
+
+
+def test_sparse_encoders_start_from_it(trained, tmp_path):
+    options = {"trust_remote_code": True, "device": "cpu"}
+    model = SparseEncoder(str(trained), **options)
+    texts = ["a book", "the man"]
+    before = model.encode(texts).to_dense()
+    embeddings = model(model.tokenize(texts))["sentence_embedding"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    embeddings.square().sum().backward()
+    optimizer.step()
+    after = model.encode(texts).to_dense()
+    model.save_pretrained(str(tmp_path))
+    again = SparseEncoder(str(tmp_path), **options).encode(texts).to_dense()
+    assert torch.equal(again, after) and not torch.equal(after, before)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(golden, tmp_path, monkeypatch):
@@ -179,6 +205,12 @@ def test_hard_negatives_are_mined_and_trained_with(golden, tmp_path, monkeypatch
     assert "data: train.jsonl: 1_train: 12 rows of anchor, positive, negative_1, negative_2" in said
     assert "loss: CachedMultipleNegativesRankingLoss, dimensions [32, 96]" in said
     assert 0 < losses(tmp_path / "out")[0] < 20
+    first, last = (read_log(tmp_path / "out")[i] for i in (0, -1))
+    name, card = "eval_dim_32_cosine_ndcg@10", (tmp_path / "out" / "README.md").read_text()
+    said = f"{last[name]:.3f} after training, {first[name]:.3f} before"
+    assert f"nDCG@10, held out, first 32 dimensions | {said} |" in card
+    # There are no more than 96.
+    assert "first 96" not in card and not any("dim_96" in x for x in last)
 
 
 def test_two_processes_train_on_sources_of_both_kinds(golden, tmp_path):
