@@ -3,7 +3,8 @@
 
 A document is a topic of Python's language reference, or all docstrings of a module of the standard
 library. A twentieth of the documents is held out, always the same ones for a given Python.
-Docstrings are pairs too: a summary, and the text that it stands above.
+Pairs are made of them too: a docstring's summary and the text that it stands above, a sentence and
+the words around it.
 """
 
 import ast
