@@ -88,8 +88,8 @@ class MosaicBertConfig(StockBertConfig):
         configurations of other copies of this file, which may be older.
 
         Raises:
-            ValueError: a size below 1, a hidden_size that is no multiple of num_attention_heads, or
-                a decoder.
+            ValueError: a size below 1 or of no model, a hidden_size that is no multiple of
+                num_attention_heads, or a decoder.
         """
         for name in ("alibi_starting_size", "low_precision_layernorm", "sparse_prediction"):
             if not hasattr(self, name):
@@ -105,8 +105,11 @@ class MosaicBertConfig(StockBertConfig):
         self.mosaic_bert_version = VERSION
         sizes = ("alibi_starting_size", "num_hidden_layers", "num_attention_heads", "hidden_size")
         for name in (*sizes, "intermediate_size", "vocab_size", "type_vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            # A damaged or hostile file would otherwise build layers, or fill memory, without end.
+            size, most = getattr(self, name), 1000 if name == "num_hidden_layers" else 2**31 - 1
+            if not 1 <= size <= most:
+                bound = "at least 1" if size < 1 else f"at most {most}"
+                raise ValueError(f"{name} must be {bound}, got {size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, "

@@ -140,8 +140,8 @@ def load(model_class, source: str, config, other_head: bool = False, flag: str =
         The model, and the names of its tensors that are new.
 
     Raises:
-        ValueError: as `check_loaded`, or a decoder is stored that differs from the embeddings, and
-            the config ties them.
+        ValueError: as `check_loaded` and `check_finite`, or a decoder is stored that differs from
+            the embeddings, and the config ties them.
     """
     # Tied below: where both are stored, 4.57 drops the decoder, and 5.0 leaves it untied.
     ties = is_ours(config) and config.tie_word_embeddings
@@ -172,6 +172,7 @@ def load(model_class, source: str, config, other_head: bool = False, flag: str =
     if is_ours(config):
         # By it 5.0 would save LayerNorm's weights as gamma and beta, which others do not know.
         vars(model).pop("_weight_conversions", None)
+    check_finite(source, model.state_dict())
     return model, new
 
 
@@ -228,6 +229,15 @@ def differs(source) -> str:
         f"{DECODER} of {source} differs from {EMBEDDINGS}, but its config ties them: write "
         '"tie_word_embeddings": false into its config.json'
     )
+
+
+def check_finite(source, tensors: dict):
+    """ValueError: a tensor holds nan or infinity, with which a model knows nothing."""
+    if wrong := [name for name, x in tensors.items() if not torch.isfinite(x).all()]:
+        raise ValueError(
+            f"{source} holds nan or infinity in {listed(wrong)}: its file is damaged, or its "
+            "training diverged; take an earlier checkpoint"
+        )
 
 
 def check_fit(source, kind: str, left_over, missing, reshaped, kin=KIN, flag: str = ""):

@@ -99,6 +99,15 @@ def test_sizes_that_do_not_divide_are_refused():
         MosaicBertConfig(is_decoder=True)
 
 
+@pytest.mark.parametrize("name, most", [("num_hidden_layers", 1000), ("vocab_size", 2**31 - 1)])
+def test_sizes_without_end_are_refused(name, most):
+    """Layers were built until the memory was full."""
+    for size in (most + 1, 10**18):
+        with pytest.raises(ValueError, match=f"{name} must be at most {most}, got {size}"):
+            MosaicBertConfig(**{name: size})
+    assert getattr(MosaicBertConfig(**{name: most}), name) == most
+
+
 def test_a_config_changed_after_it_was_made_is_checked_by_the_model():
     config = MosaicBertConfig(alibi_starting_size=128)
     assert config.max_position_embeddings == 128
