@@ -40,6 +40,7 @@ from mosaic_tools.family import (
     model_class,
     our_config,
 )
+from mosaic_tools.files import check_folder
 from mosaic_tools.layouts import from_ours, to_ours
 from mosaic_tools.publishing import check_repo_id, publish, remove_derived, write_pooling
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
@@ -97,8 +98,11 @@ SWITCH = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.push_to_hub:
-        check_repo_id(args.push_to_hub)
+    if args.push_to_hub is not None:
+        check_repo_id(args.push_to_hub, args.revision)
+    source = Path(args.source).resolve()
+    if args.output_dir.resolve() in (source, source.parent if source.is_file() else source):
+        raise ValueError(f"{args.output_dir} holds the source, which would be lost: choose another")
     name = args.push_to_hub or args.output_dir.name
     given = about_weights(args.license, args.language)
     with new_folder(args.output_dir, args.overwrite) as folder:
@@ -354,14 +358,14 @@ def new_folder(path: Path, overwrite: bool):
     Raises:
         ValueError: `path` is a file, or holds something and `overwrite` is False.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, expected a folder to write to")
+    check_folder(path)
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path} is not empty: choose another folder, or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+    # On the same disk; the folders on the way are made at the end only.
+    place = next(x for x in path.absolute().parents if x.exists())
+    with tempfile.TemporaryDirectory(dir=place) as temporary:
         yield Path(temporary)
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         # What a former conversion left would be loaded beside the new files, or instead of them.
         remove_derived(path)
         for pattern in ("*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt"):

@@ -63,14 +63,19 @@ def parse(argv: list[str]) -> tuple[ClassifierArguments, LabelledDataArguments, 
     return ClassifierArguments(**model), LabelledDataArguments(**data), given
 
 
-def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args, args) -> dict:
-    """Trains, evaluates, and writes the run's folder, its result last."""
+def build(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args, args):
+    """The model that a run trains, and the encoded rows of each part."""
     set_seed(args.seed)
     max_length = run.settings["max_seq_length"]
     with args.main_process_first():
         model = build_classifier(model_args, run.start, task, tokenizer, max_length)
         ids, types = task.labels and label_ids(model.config), has_token_types(model.config)
         rows = {x: encode(y, task, ids, tokenizer, max_length, types) for x, y in parts.items()}
+    return model, rows
+
+
+def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, args):
+    """Trains, evaluates, and writes the run's folder, its result last."""
     trainer = RecipeTrainer(
         model,
         args,
@@ -108,7 +113,6 @@ def finetune(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args
         if run.keep:
             write_task_card(run, task, found, args, model_args)
         write_json(run.folder / RESULT, result)
-    return result
 
 
 def write_task_card(run: Run, task: Task, found: dict, args, model_args):
@@ -163,9 +167,6 @@ def main(argv: list[str]):
     folder = Path(args.output_dir)
     record = {"model": model_args.model, "weights": runs[0].settings["weights"]}
     if main_process:
-        for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
-            file.unlink()
-        write_json(folder / RESULTS, record | {"tasks": collect(folder)})
         for task, parts, _ in loaded.values():
             print(describe(task, parts))
     for run in runs:
@@ -177,7 +178,14 @@ def main(argv: list[str]):
         task, parts, _ = loaded[run.name]
         prepare_environment()
         run_args = FinetuneArguments(**run.values)
-        finetune(run, task, parts, tokenizer, model_args, run_args)
+        model, rows = build(run, task, parts, tokenizer, model_args, run_args)
+        # Nothing is deleted or written before there is a model.
+        if main_process and run is runs[0]:
+            for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
+                file.unlink()
+            write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+        finetune(run, task, model, rows, tokenizer, model_args, run_args)
+        del model, rows
         gc.collect()
         torch.cuda.empty_cache()
         if main_process:

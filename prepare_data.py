@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from mosaic_tools.corpus import load_documents
-from mosaic_tools.encoding import encode, save_prepared
+from mosaic_tools.encoding import check_new, encode, save_prepared
 from mosaic_tools.recipe import parse
 from mosaic_tools.tokenization import choose_tokenizer
 
@@ -24,6 +24,7 @@ def main():
     model_args, tokenizer_args, args, recipe = parse(sys.argv[1:])
     if args.prepared_data is None:
         raise ValueError("give --prepared_data, the folder that the rows are written to")
+    check_new(Path(args.prepared_data))
     # What is prepared is read whole, also by recipes that stream.
     args.streaming = False
     train, validation = load_documents(args)

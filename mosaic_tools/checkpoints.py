@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from mosaic_tools.files import read_json
+from mosaic_tools.files import check_folder, read_json
 from mosaic_tools.recipe import RecipeArguments
 
 COMPLETE = "complete.json"
@@ -137,12 +137,14 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     Torn checkpoints are named and passed over by 'last', which starts anew if none is complete.
 
     Raises:
-        ValueError: there is no output_dir, files would be overwritten, or the checkpoint asked for
-            is not there, not complete, or older than another, which 'last' would take.
+        ValueError: there is no output_dir, or a file in its place; files would be overwritten; or
+            the checkpoint asked for is not there, not complete, or older than another, which 'last'
+            would take.
     """
     if not args.output_dir:
         raise ValueError("give --output_dir, the folder that the model is written to")
     wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    check_folder(folder)
     newest, torn = newest_checkpoint(folder)
     if wanted == "last":
         for reason in torn:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from mosaic_tools import family
 from mosaic_tools.glue_tasks import Task
 from mosaic_tools.labelled_data import fingerprint
-from mosaic_tools.recipe import option
+from mosaic_tools.recipe import DROPOUT, check_range, option
 from mosaic_tools.tokenization import largest_id, load_tokenizer
 
 
@@ -42,10 +42,12 @@ class ClassifierArguments:
         False, "run the code that a model brings; a MosaicBERT always runs this folder's"
     )
 
+    def __post_init__(self):
+        check_range(self, *DROPOUT, below=1)
+
     def dropout(self) -> dict[str, float]:
         """Rates that are given."""
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        return {name: x for name in names if (x := getattr(self, name)) is not None}
+        return {name: x for name in DROPOUT if (x := getattr(self, name)) is not None}
 
     def version(self) -> str:
         """Tells these weights from others of the same name."""

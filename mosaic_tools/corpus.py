@@ -12,6 +12,7 @@ import datasets
 
 from mosaic_tools.devices import usable_cores
 from mosaic_tools.embedded_text import embedded_passages, held_out
+from mosaic_tools.family import listed
 from mosaic_tools.files import inside
 from mosaic_tools.recipe import DataArguments
 
@@ -51,7 +52,13 @@ def load_files(patterns: list[str], streaming: bool):
         raise ValueError(f"{', '.join(files)}: give files of one format of {', '.join(FORMATS)}")
     # datasets takes names for patterns.
     names = [glob.escape(file) for file in files]
-    return datasets.load_dataset(*kinds, data_files=names, split="train", streaming=streaming)
+    try:
+        return datasets.load_dataset(*kinds, data_files=names, split="train", streaming=streaming)
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{listed(files)} cannot be read as {kinds.pop()}, in UTF-8: {reason}"
+        ) from error
 
 
 def matching_files(pattern: str) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mosaic_tools.corpus import column_names, is_stream, load_documents, parallel
+from mosaic_tools.files import check_folder
 from mosaic_tools.recipe import DataArguments, TokenizerArguments
 from mosaic_tools.tokenization import (
     BLOCK,
@@ -128,14 +129,20 @@ def size(rows) -> str:
 # ---- prepared folders ----
 
 
+def check_new(folder: Path):
+    """ValueError: the folder is there already, or a file where it would have to be made."""
+    check_folder(folder)
+    if folder.exists():
+        raise ValueError(f"prepared_data {folder} is there already: choose another name")
+
+
 def save_prepared(folder: Path, train, validation, tokenizer, args: DataArguments):
     """Writes rows, tokenizer and prepared.json; the folder has its name only once it is complete.
 
     Raises:
-        ValueError: the folder is there already.
+        ValueError: as `check_new`.
     """
-    if folder.exists():
-        raise ValueError(f"prepared_data {folder} is there already: choose another name")
+    check_new(folder)
     partial = folder.with_name(folder.name + ".partial")
     datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
     tokenizer.save_pretrained(partial)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that files give: nothing read from a checkpoint's folder may lead out of it."""
+"""Names of files and folders: nothing read from a checkpoint's folder may lead out of it, and what
+is written needs a folder."""
 
 import json
 from pathlib import Path, PureWindowsPath
@@ -24,6 +25,13 @@ def inside(folder: Path, name: str) -> Path:
     raise ValueError(
         f"{name!r} leads out of {folder}: copy what it names into the folder, and name it there"
     )
+
+
+def check_folder(path: str | Path):
+    """ValueError: a file is where the folder, or one that it is in, would have to be made."""
+    path = Path(path)
+    if file := next((x for x in (path, *path.parents) if x.is_file()), None):
+        raise ValueError(f"{file} is a file, expected a folder to write to: choose another")
 
 
 def listed_shards(index: Path) -> list[Path]:
@@ -51,7 +59,7 @@ def read_json(file: Path, kind: type[dict] | type[list] = dict):
         return kind()
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(found, kind):
         expected = "an object" if kind is dict else "a list"

@@ -16,7 +16,7 @@ import datasets
 
 from mosaic_tools.corpus import FORMATS, parallel
 from mosaic_tools.glue_tasks import GLUE, TASKS, Task
-from mosaic_tools.recipe import option
+from mosaic_tools.recipe import check_range, option
 
 ROW_FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if kind != "text"}
 # The task of files, and of the folder that its results are in.
@@ -61,8 +61,16 @@ class LabelledDataArguments:
             raise ValueError(
                 f"leave out --data_dir {self.data_dir}, or give --task: --train_file is a path"
             )
-        if self.text_columns and len(self.text_columns) > 2:
-            raise ValueError(f"--text_columns are one or two, got {', '.join(self.text_columns)}")
+        columns = self.text_columns or []
+        if len(columns) > 2:
+            raise ValueError(f"--text_columns are one or two, got {', '.join(columns)}")
+        # A text twice tells no more than once, and a label as text tells the label.
+        if len({*columns, self.label_column}) <= len(columns):
+            raise ValueError(
+                f"--text_columns {' '.join(columns)} and --label_column {self.label_column} must "
+                "all differ"
+            )
+        check_range(self, "max_seq_length", least=3)
 
     def names(self) -> list[str]:
         """Tasks in the order of TASKS, MNLI first, since others start from its model."""
@@ -112,6 +120,10 @@ def load_task(name: str, args: LabelledDataArguments) -> tuple[Task, dict[str, P
             names = dict(enumerate(task.labels))
             values = [names.get(value, value) for value in values]
         parts[split] = Part(rows, as_labels(where, values, task))
+        if split == "train" and len(found := set(parts[split].labels)) == 1:
+            raise ValueError(
+                f"{where} has the label {found.pop()} only: there is nothing to tell apart"
+            )
     return task, parts, source
 
 
@@ -149,8 +161,6 @@ def own_task(task: Task, where: str, rows, args: LabelledDataArguments) -> Task:
     if problem == "regression":
         return replace(task, columns=tuple(columns), labels=None, score=("spearman",))
     labels = tuple(map(str, sorted(set(values))))
-    if len(labels) == 1:
-        raise ValueError(f"{where} has the label {labels[0]} only: there is nothing to tell apart")
     return replace(task, columns=tuple(columns), labels=labels)
 
 

@@ -31,7 +31,8 @@ OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 
 
 def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The source's layout, and its tensors by our names. ValueError: a name that no layout has."""
+    """The source's layout, and its tensors by our names. ValueError: a name that no layout has, or
+    whole numbers."""
     tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
     for theirs, ours in OLD_NAMES.items():
         tensors = {name.replace(theirs, ours): x for name, x in tensors.items()}
@@ -43,6 +44,11 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     if strange := [name for name in tensors if not name.startswith(tuple(LAYOUTS[layout]))]:
         raise ValueError(
             f"no place for these tensors of the source ({layout} layout): {listed(strange)}"
+        )
+    if whole := [name for name, x in tensors.items() if not x.is_floating_point()]:
+        raise ValueError(
+            f"{listed(whole)} of the source are {tensors[whole[0]].dtype}, as quantized weights "
+            "are: take those that they were made of"
         )
     tensors = rename(tensors, LAYOUTS[layout])
     return layout, join(tensors) if is_jina else tensors
@@ -66,8 +72,9 @@ def join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if shapes == [shapes[0]] * len(names) and shapes[0]:
                 joint = rearrange([tensors.pop(x) for x in names], "qkv dim ... -> (qkv dim) ...")
                 name = first.replace(parts[0], ours)
-                if not torch.equal(tensors.setdefault(name, joint), joint):
+                if name in tensors and not torch.equal(tensors[name], joint):
                     raise ValueError(f"{name} differs from {', '.join(names)}")
+                tensors[name] = joint
     return tensors
 
 

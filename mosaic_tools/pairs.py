@@ -15,7 +15,7 @@ import datasets
 from mosaic_tools.corpus import first_rows, matching_files, split
 from mosaic_tools.embedded_text import embedded_pairs
 from mosaic_tools.labelled_data import check_texts, read_rows
-from mosaic_tools.recipe import SourceOfText, option
+from mosaic_tools.recipe import SourceOfText, check_range, option
 
 # Usual names of columns, in lower case.
 FIRST = {"anchor", "query", "question", "sentence1", "sentence_1", "sentence_a", "text1", "text_1"}
@@ -57,9 +57,8 @@ class PairArguments(SourceOfText):
 
     def __post_init__(self):
         self.check_source()
-        for name, least in {"max_seq_length": 3, "max_eval_pairs": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_range(self, "max_seq_length", least=3)
+        check_range(self, "max_eval_pairs", least=2)
         if self.mine_hard_negatives < 0:
             raise ValueError(f"mine_hard_negatives is {self.mine_hard_negatives}: give 1 or more")
 

@@ -102,11 +102,11 @@ def publish(
         Address of the commit.
 
     Raises:
-        ValueError: `repo_id` is no name, the folder is incomplete or leads out of itself, or the
-            repository is public and `private` is True.
+        ValueError: `repo_id` or `revision` is no name, the folder is incomplete or leads out of
+            itself, or the repository is public and `private` is True.
         OSError: the upload failed. The folder is as it was.
     """
-    check_repo_id(repo_id)
+    check_repo_id(repo_id, revision)
     files = files_to_upload(Path(folder))
     api = HfApi()
     try:
@@ -136,11 +136,20 @@ def publish(
     return commit.commit_url
 
 
-def check_repo_id(repo_id: str):
-    """ValueError unless this can be a repository's name."""
-    if "/" not in repo_id:
+def check_repo_id(repo_id: str, revision: str | None = None):
+    """ValueError unless these can be the names of a repository and of a branch."""
+    if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no ORG/NAME")
     validate_repo_id(repo_id)
+    # As git has it, of characters that need no quoting.
+    if revision is not None and (
+        not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII)
+        or re.search(r"\.\.|//|/\.|\.lock$|[./]$", revision)
+    ):
+        raise ValueError(
+            f"revision {revision!r} is no name of a branch: give letters, digits, and . _ - / "
+            "between them"
+        )
 
 
 def files_to_upload(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import itertools
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,19 @@ from mosaic_tools.publishing import check_repo_id
 
 def option(default, help, aliases=()):
     return HfArg(default=default, help=help, aliases=list(aliases))
+
+
+def check_range(args, *names: str, least: float = 0, below: float = math.inf):
+    """ValueError: one of these numbers is not from `least` on and below `below`. None is none."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not least <= value < below:
+            bound = f" and below {below}" if below < math.inf or value == math.inf else ""
+            raise ValueError(f"{name} must be at least {least}{bound}, got {value}")
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 @dataclass
@@ -56,15 +70,17 @@ class ModelArguments:
     low_precision_layernorm: bool = option(True, "LayerNorm in autocast's dtype, not in float32")
     attn_implementation: str | None = option(None, "None: the best that the device has")
 
+    def __post_init__(self):
+        check_range(self, "alibi_starting_size", *SIZES, least=1)
+        check_range(self, *DROPOUT, below=1)
+
     def shape(self) -> dict:
         """What describes a new model, as far as it is given."""
-        return self.given(
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-        )
+        return self.given(*SIZES)
 
     def dropout(self) -> dict:
         """Rates that replace the configuration's."""
-        return self.given("hidden_dropout_prob", "attention_probs_dropout_prob")
+        return self.given(*DROPOUT)
 
     def given(self, *names: str) -> dict:
         values = {name: getattr(self, name) for name in names}
@@ -96,6 +112,8 @@ class TokenizerArguments:
                 f"give --tokenizer_name {self.tokenizer_name} or --train_tokenizer "
                 f"{self.train_tokenizer}, not both"
             )
+        # The special tokens, before one of bytes all of these too, and something to learn.
+        check_range(self, "vocab_size", least=262 if self.train_tokenizer == "bpe" else 6)
 
 
 class SourceOfText:
@@ -151,6 +169,7 @@ class DataArguments(SourceOfText):
             raise ValueError(
                 f"max_seq_length is {self.max_seq_length}: [CLS], a token and [SEP] need at least 3"
             )
+        check_range(self, "max_eval_documents", "preprocessing_num_workers", least=1)
         self.check_source()
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) < 1:
@@ -217,6 +236,7 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        self.check_numbers()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is a share between 0 and 1, got {self.warmup_ratio:g}")
         if self.save_total_limit == 1:
@@ -225,7 +245,7 @@ class RecipeArguments(TrainingArguments):
                 "before the next is known to be complete"
             )
         if self.push_to_hub:
-            check_repo_id(self.push_to_hub)
+            check_repo_id(self.push_to_hub, self.revision)
         elif self.private or self.revision:
             raise ValueError("--private and --revision need --push_to_hub")
         about_weights(self.license, self.language)
@@ -264,6 +284,29 @@ class RecipeArguments(TrainingArguments):
                 self.global_batch_size, self.world_size, self.per_device_train_batch_size
             )
 
+    def check_numbers(self):
+        """ValueError: a number is none that a run can have. Trainer would say so only after the
+        data is read, or never."""
+        rows = ("global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_range(self, *rows, "gradient_accumulation_steps", "cpu_threads", least=1)
+        check_range(self, "learning_rate", "weight_decay", "decoupled_weight_decay")
+        check_range(self, "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
+        check_range(self, "logging_steps", "eval_steps", "save_steps")
+        check_range(self, "lr_end", "adam_beta1", "adam_beta2", "label_smoothing_factor", below=1)
+        check_range(self, "seed", below=2**32)
+        # -1 is transformers' None.
+        if self.max_steps != -1:
+            check_range(self, "max_steps", least=1)
+            if self.warmup_steps > self.max_steps:
+                raise ValueError(
+                    f"warmup_steps is {self.warmup_steps:g}, more than the {self.max_steps} steps "
+                    "of the run: give fewer, or --warmup_ratio"
+                )
+        elif not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs must be a number above 0, got {self.num_train_epochs:g}"
+            )
+
     def check_agreement(self):
         """ValueError: bf16 is native to the devices of some processes only."""
         choices = dict(gather_object([(self.bf16, self.why_bf16)]))
@@ -299,6 +342,10 @@ class PretrainingArguments(RecipeArguments):
     peak_tflops: float | None = option(
         None, "of a device in the dtype of training, for MFU; None: a known GPU's, dense bf16"
     )
+
+    def __post_init__(self):
+        check_range(self, "divergence", "peak_tflops")
+        super().__post_init__()
 
 
 def split_batch(rows: int, devices: int, max_rows: int) -> tuple[int, int]:
@@ -353,7 +400,7 @@ def given_flags(groups: tuple[type, ...], argv: list[str]) -> list[dict]:
     """For each group of arguments the values that are given, by its fields' names.
 
     Raises:
-        ValueError: a word is of no group.
+        ValueError: a word is of no group, or what is None by default is given as "".
     """
     names = [[field.name for field in fields(group) if field.init] for group in groups]
     left_out = object()
@@ -363,15 +410,45 @@ def given_flags(groups: tuple[type, ...], argv: list[str]) -> list[dict]:
     if unknown:
         raise ValueError(f"not used by this command: {' '.join(unknown)}; --help lists what is")
     values = vars(found)
+    defaults = {field.name: field.default for group in groups for field in fields(group)}
+    for name, value in values.items():
+        # As of a shell's variable that is not set. A prompt may be none.
+        words = value if isinstance(value, list) else [value]
+        if "" in words and defaults[name] is None and not name.endswith("_prompt"):
+            raise ValueError(f"--{name} is empty: give a value, or leave it out")
     return [{x: values[x] for x in of_group if values[x] is not left_out} for of_group in names]
+
+
+class Recipe(yaml.SafeLoader):
+    """YAML in which no key is given twice; of two the last would win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str) -> dict:
+    """What a YAML recipe says. ValueError: it cannot be read, or is no list of keys."""
+    try:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Recipe)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{path} holds {found!r:.60}, expected lines of 'key: value'")
+    return found or {}
 
 
 def recipe_flags(path: str, known: set[str]) -> list[str]:
     """A YAML recipe as command-line flags, so that the same rules read both."""
     flags = []
-    for key, value in (yaml.safe_load(Path(path).read_text()) or {}).items():
+    for key, value in read_recipe(path).items():
         if key not in known:
-            near = difflib.get_close_matches(key, known) or ["--help, which lists them all"]
+            near = difflib.get_close_matches(str(key), known) or ["--help, which lists them all"]
             raise ValueError(f"{path}: unknown key {key!r}; see {' or '.join(near)}")
         values = value if isinstance(value, list) else [value]
         words = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values if v is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from mosaic_tools.classifiers import ClassifierArguments, is_trained_on
+from mosaic_tools.files import check_folder, read_json
 from mosaic_tools.glue_tasks import SEEDS, TASKS, Task
 from mosaic_tools.labelled_data import LabelledDataArguments
 from mosaic_tools.recipe import RecipeArguments, option
@@ -33,6 +34,8 @@ class FinetuneArguments(RecipeArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if wrong := [x for x in self.seeds or [] if not 0 <= x < 2**32]:
+            raise ValueError(f"--seeds must be from 0 to 2**32 - 1, got {wrong[0]}")
         if self.resume_from_checkpoint:
             raise ValueError(
                 "leave out --resume_from_checkpoint: the same command again runs what is unfinished"
@@ -71,6 +74,7 @@ def finished_runs(args: FinetuneArguments) -> dict[Path, dict]:
     if not args.output_dir:
         raise ValueError("give --output_dir, the folder that models and results are written to")
     folder = Path(args.output_dir)
+    check_folder(folder)
     if args.overwrite:
         return {}
     if folder.exists() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
@@ -184,7 +188,12 @@ def read_results(folder: Path) -> dict[Path, dict]:
     """What finetune.py wrote of its finished runs, by the run's folder."""
     results = {}
     for file in sorted(folder.glob(f"*/seed-*/{RESULT}")):
-        result = results[file.parent] = json.loads(file.read_text())
+        result = results[file.parent] = read_json(file)
+        if not {"task", "score", "metrics", "settings"} <= set(result):
+            raise ValueError(
+                f"{file} is no result of finetune.py: delete it, or forget all results with "
+                "--overwrite true"
+            )
         if "warmup_share" in result["settings"]:
             # As it was called.
             result["settings"]["warmup_ratio"] = result["settings"].pop("warmup_share")

@@ -3,12 +3,12 @@
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,7 +46,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                     f"{file} is not loaded, since unpickling can run code: {found[0]}"
                 ) from None
             raise ValueError(f"{file} cannot be read, is it complete?") from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        except ValueError:
+            raise
+        except Exception as error:
+            # torch takes what is no checkpoint for its oldest format, and fails in any way.
             raise ValueError(f"{file} cannot be read, is it complete? {error}") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
@@ -68,7 +71,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch checkpoint; of Composer's, those under state.model."""
+    """The tensors of a torch checkpoint; of Composer's, those under state.model.
+
+    Raises:
+        ValueError: it holds something else, or is compressed.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as parts:
+            if any(x.compress_type != zipfile.ZIP_STORED for x in parts.infolist()):
+                # A few megabytes would unpack to as many gigabytes.
+                raise ValueError(f"{file} is compressed, as torch saves nothing: save it by torch")
     # Composer stores numpy's random state, by the names that its numpy had.
     reconstruct = np.zeros(1).__reduce__()[0]
     numpy_state = [
@@ -93,7 +105,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def read_config(path: Path) -> dict:
     """config.json as a dict, from the file itself or the folder that holds it."""
     file = path / "config.json" if path.is_dir() else path
-    if file.suffix != ".json":
+    if file.suffix != ".json" or (path.is_dir() and not file.exists()):
         raise ValueError(
             f"{path} has no config.json: pass one with --config (the one beside this script "
             "describes MosaicBERT-Base)"

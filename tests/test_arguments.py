@@ -14,7 +14,6 @@ from mosaic_bert.bert_layers import (
     BertForTokenClassification,
     BertModel,
 )
-from mosaic_bert.bert_padding import pack_batch
 
 LENGTHS = (3, 9, 1, 5)
 ROWS = [{"input_ids": list(range(5, 5 + n)), "labels": [i % 2 for i in range(n)]} for n in LENGTHS]
@@ -79,30 +78,6 @@ def test_bounds_train_as_positions_do(sparse):
 BOUNDS = torch.tensor([0, 3, 8], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "must rise from 0 to 8, got .0, 3, 7."),
-        ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "must rise from 0 to 8"),
-        ({"cu_seq_lens_q": BOUNDS[None]}, r"cu_seqlens has shape \(1, 3\), expected"),
-        ({"cu_seq_lens_q": BOUNDS[:0]}, r"cu_seqlens has shape \(0,\), expected"),
-        ({"max_length_q": 4}, "max_seqlen is 4, the longest sequence 5"),
-        ({"cu_seq_lens_k": torch.tensor([0, 4, 8])}, "cu_seq_lens_k tells of .*0, 4.*0, 3"),
-        ({"seq_idx": torch.tensor([[0] * 5 + [1] * 3])}, "seq_idx tells of .*0, 5.*0, 3"),
-        ({"position_ids": torch.arange(8)[None]}, "position_ids tells of"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 2, 3, 4, 5]])}, "must rise by 1"),
-        ({"attention_mask": torch.ones(1, 8)}, "for one row without attention_mask or batch"),
-        ({"input_ids": torch.ones(2, 8, dtype=torch.int64)}, "got 2 rows"),
-        ({"cu_seq_lens_q": None}, "max_length_q: give position_ids too"),
-    ],
-)
-def test_bounds_that_contradict_the_rest_are_refused(changes, message):
-    inputs = {"input_ids": torch.ones(1, 8, dtype=torch.int64), "cu_seq_lens_q": BOUNDS}
-    inputs |= {"max_length_q": 5, **changes}
-    with pytest.raises(ValueError, match=message):
-        make(BertModel)(**inputs)
-
-
 @pytest.mark.parametrize("start", [1, 2, 40])
 def test_positions_may_begin_anywhere(start):
     """The position of a row's first token begins a sequence wherever it recurs, as 0 does."""
@@ -111,14 +86,6 @@ def test_positions_may_begin_anywhere(start):
     expected = model(ids, position_ids=from_zero).last_hidden_state
     found = model(ids, position_ids=from_zero + start).last_hidden_state
     assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    "positions", [[2, 3, 1, 2], [2, 3, 3, 4], [0, 2, 1, 3], [5, 4, 3, 2], [0, 1, 2, -1]]
-)
-def test_other_falls_and_repeats_of_positions_raise(positions):
-    with pytest.raises(ValueError, match="position_ids must increase within a sequence"):
-        pack_batch(torch.zeros(1, 4), position_ids=torch.tensor([positions]))
 
 
 MEANINGLESS = {

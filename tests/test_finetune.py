@@ -192,29 +192,6 @@ def test_flags_are_parsed_once_whatever_the_number_of_runs(glue, monkeypatch):
     assert parsed == [glue.command]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"output_dir": ""}, "give --output_dir"),
-        ({"model": ""}, "give --model"),
-        ({"seed": 3}, "give --seeds"),
-        ({"divergence": 3}, "not used .*--divergence"),
-        ({"resume_from_checkpoint": "last"}, "the same command again runs what is unfinished"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_commands_that_lack_something_are_refused(golden, tmp_path, values, message):
-    own = write_own(tmp_path, by_age())
-    with pytest.raises(ValueError, match=message):
-        start(**{"model": golden} | own | values)
-
-
-def test_one_model_is_uploaded_not_several(golden):
-    command = flags(model=golden, output_dir="out", push_to_hub="org/name")
-    with pytest.raises(ValueError, match="give one --task of mnli, rte"):
-        finetune.main([*command, "--task", "rte", "mnli"])
-
-
 def test_overwriting_forgets_nothing_before_the_input_is_checked(glue):
     before = sorted(glue.out.rglob("result*.json"))
     with pytest.raises(ValueError, match="there is no|has no train.jsonl"):

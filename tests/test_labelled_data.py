@@ -140,30 +140,3 @@ def test_glue_without_a_network_asks_for_a_folder():
     args = labelled_data.LabelledDataArguments(task=["rte"])
     with pytest.raises(ValueError, match=r"nyu-mll/glue rte cannot be had .*give --data_dir"):
         labelled_data.load_task("rte", args)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "give either --task .* or --train_file"),
-        ({"task": ["cola"], "train_file": "a.csv"}, "give either --task .* or --train_file"),
-        ({"task": ["cola", "wnli"]}, "unknown --task wnli: all, or mnli, "),
-        ({"train_file": "a.csv"}, "give both --train_file and --validation_file"),
-        (
-            {"train_file": "a", "validation_file": "b", "text_columns": ["a", "b", "c"]},
-            "one or two, got a, b, c",
-        ),
-        (
-            {"task": ["cola"], "label_column": "kind", "problem": "regression"},
-            "leave out --problem, --label_column, or give --train_file",
-        ),
-        (
-            {"train_file": "a", "validation_file": "b", "data_dir": "glue"},
-            "leave out --data_dir glue, or give --task",
-        ),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_arguments_that_contradict_each_other_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        labelled_data.LabelledDataArguments(**values)

@@ -18,7 +18,7 @@ from sentence_transformers.models import Dense, Normalize, Router
 from training import write_vocab
 
 import convert_weights
-from mosaic_tools import cards, publishing, recipe
+from mosaic_tools import cards, publishing
 
 pytest_plugins = ["hub"]
 
@@ -324,20 +324,6 @@ def test_an_incomplete_folder_is_not_sent(hub, vocab, tmp_path, missing):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("name", ["name", "org/name/more", "org/na me"])
-def test_a_name_that_the_hub_cannot_have_is_refused_before_any_work(hub, vocab, tmp_path, name):
-    with pytest.raises(ValueError):
-        convert(vocab, tmp_path / "out", "--push_to_hub", name)
-    assert hub.calls == [] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flags", [("--private",), ("--revision", "v2")])
-def test_flags_of_an_upload_that_is_not_asked_for_are_refused(hub, vocab, tmp_path, flags):
-    with pytest.raises(SystemExit):
-        convert(vocab, tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
-
-
 PLAIN = """
 import sys, types
 import transformers, transformers.utils.hub as hub
@@ -481,21 +467,3 @@ def test_a_licence_stated_by_its_link_is_taken_over_and_replaced_whole(vocab, tm
         data = card_of(out)[0].to_dict()
         assert {k: x for k, x in data.items() if k.startswith("license")} == wanted
         assert data["language"] == "de"
-
-
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (("--license", "Apache 2.0"), "Apache 2.0"),
-        (("--language", "en", "English"), "English"),
-        (("--language", "en-US"), "en-US"),
-    ],
-)
-def test_metadata_that_the_hub_would_not_know_is_refused_before_any_work(
-    vocab, tmp_path, flags, named
-):
-    with pytest.raises(ValueError, match=f"{named!r}: give"):
-        convert(vocab, tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=f"{named!r}: give"):
-        recipe.parse([*flags, "--output_dir", str(tmp_path / "out")])

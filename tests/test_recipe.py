@@ -101,36 +101,6 @@ def test_no_command_takes_what_an_upload_needs_without_one(command, words):
         command(["--model", "a/model", *words])
 
 
-def test_an_unknown_recipe_key_is_refused_with_the_nearest_one(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("hiden_size: 32\n")
-    with pytest.raises(ValueError, match="unknown key 'hiden_size'; see hidden_size"):
-        parse(str(tmp_path / "recipe.yaml"))
-
-
-def test_an_unknown_flag_is_refused():
-    with pytest.raises(ValueError, match="--hiden_size"):
-        parse(hiden_size=32)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_seq_length": 2}, "max_seq_length is 2.*at least 3"),
-        ({"validation_split": 0.0}, "validation_split is a percentage, got 0.0"),
-        (
-            {"train_file": ["a.txt"], "dataset_name": "b"},
-            "train_file or dataset_name .b., not both",
-        ),
-        ({"validation_file": ["a.txt"]}, "validation_file .* needs a train_file"),
-        ({"mlm_probability": 30.0}, "mlm_probability is a share between 0 and 1, got 30"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_data_arguments_that_contradict_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        recipe.DataArguments(**values)
-
-
 @pytest.mark.parametrize(
     ("rows", "devices", "max_rows", "expected"),
     [
@@ -201,11 +171,6 @@ def test_the_rate_falls_to_the_share_of_the_peak_that_is_asked_for():
     # Linear in between, as the published schedule is.
     assert rates[10] == 1e-3 and rates[55] == pytest.approx(0.51e-3)
     assert rates[100] == pytest.approx(2e-5)
-
-
-def test_one_checkpoint_is_too_few_to_keep():
-    with pytest.raises(ValueError, match="save_total_limit must be at least 2"):
-        parse(save_total_limit=1)
 
 
 def test_tensorboard_that_is_not_installed_is_missed_before_anything_else(monkeypatch):

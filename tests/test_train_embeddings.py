@@ -251,27 +251,6 @@ def test_the_finished_folder_is_published(golden, tmp_path, monkeypatch, hub, ca
     assert "https://huggingface.co/org/name/commit/1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"per_device_train_batch_size": 13},
-            "1_train has 12 rows, too few for a batch of 13",
-        ),
-        ({"global_batch_size": 8}, "give --per_device_train_batch_size in place of"),
-        ({"model_name_or_path": ""}, "give --model_name_or_path"),
-        ({"output_dir": "."}, "is not empty: choose another"),
-        ({"mini_batches": 8}, "not used by this command: --mini_batches"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_training(values, message, golden, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = write_data(tmp_path) | {"model_name_or_path": golden} | values
-    with pytest.raises(ValueError, match=message):
-        train(monkeypatch, **given)
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_demo_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "recipes" / "embeddings-demo.yaml"
