@@ -55,7 +55,10 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
                 "give a fast tokenizer"
             )
         return tokenizer
-    entries = vocab.read_text(encoding="utf-8").splitlines()
+    try:
+        entries = vocab.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{vocab} is no text in UTF-8: give a BERT vocabulary") from error
     if missing := [token for token in SPECIAL_TOKENS if token not in entries]:
         raise ValueError(f"{vocab} lacks {', '.join(missing)}: give a BERT vocabulary")
     if lowercase is None:
