@@ -343,3 +343,10 @@ def test_prompts_that_are_not_given_are_the_models(golden, tmp_path):
     for given, expected in (({}, "the "), ({"query_prompt": ""}, ""), ({"query_prompt": "q"}, "q")):
         prompts = build_embedder(args, PairArguments(**given, document_prompt="d")).prompts
         assert prompts == {"query": expected, "document": "d"}
+
+
+def test_several_processes_have_no_smaller_last_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr(EmbeddingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="dataloader_drop_last false: .* to 2 processes"):
+        EmbeddingArguments(output_dir=str(tmp_path), dataloader_drop_last=False)
+    assert EmbeddingArguments(output_dir=str(tmp_path)).dataloader_drop_last
