@@ -10,7 +10,7 @@
 
 Data and its arguments are in mosaic_tools/pairs.py; the model, losses, evaluation and trainer in
 embedding_trainer.py there. The output folder is a complete Hub repository, for
-sentence-transformers and servers. Without data it reads docstrings that Python carries.
+sentence-transformers and servers. Without data it reads text that Python carries.
 """
 
 import sys

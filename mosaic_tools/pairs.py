@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts to train embeddings on: pairs, pairs with hard negatives, and scored pairs, from files and
-from the Hub. Without data, docstrings that Python carries.
+from the Hub. Without data, text that Python carries.
 
 Everything that a row can lack is found here, before any training, and named with its row.
 """
@@ -64,7 +64,7 @@ class PairArguments(SourceOfText):
 
     def source(self) -> str:
         """Where the pairs come from, in words."""
-        return self.named_source() or "docstrings that CPython carries"
+        return self.named_source() or "text that CPython carries"
 
     def prompts(self) -> dict[str, str]:
         """Those given, by the names that sentence-transformers knows."""
@@ -98,7 +98,7 @@ def load_pairs(args: PairArguments) -> tuple[dict, dict]:
         held_out = read
     else:
         pairs = (dict(zip(PAIR, zip(*x, strict=True), strict=True)) for x in embedded_pairs())
-        train, held_out = ({"docstrings": datasets.Dataset.from_dict(x)} for x in pairs)
+        train, held_out = ({"python": datasets.Dataset.from_dict(x)} for x in pairs)
     if args.validation_file:
         held_out = load_sources(args.validation_file)
     if not held_out:

@@ -205,7 +205,7 @@ def test_sentences_are_pairs_with_the_words_around_them():
 def test_no_held_out_text_is_a_part_of_training():
     """A sentence, or the words around one, held a summary that a held-out file has too."""
     train, held_out = load_pairs(PairArguments())
-    train, held_out = train["docstrings"], held_out["docstrings"]
+    train, held_out = train["python"], held_out["python"]
     assert len(train) > 10_000 and len(held_out) > 50
     kept = [*held_out["anchor"], *held_out["positive"]]
     assert len(set(kept)) == len(kept)
