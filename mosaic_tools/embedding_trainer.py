@@ -132,7 +132,7 @@ class EmbeddingArguments(RecipeArguments, SentenceTransformerTrainingArguments):
             raise ValueError("give --source_weights or --multi_dataset_batch_sampler, not both")
         if self.world_size > 1 and not self.dataloader_drop_last:
             raise ValueError(
-                "--dataloader_drop_last false: a last batch that is smaller cannot be shared out to "
+                "--dataloader_drop_last false: a smaller last batch cannot be shared out to "
                 f"{self.world_size} processes; leave it out"
             )
         # A batch is drawn for all devices together, and each has its part of it.
