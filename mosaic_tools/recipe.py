@@ -291,7 +291,7 @@ class RecipeArguments(TrainingArguments):
         check_range(self, *rows, "gradient_accumulation_steps", "cpu_threads", least=1)
         check_range(self, "learning_rate", "weight_decay", "decoupled_weight_decay")
         check_range(self, "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
-        check_range(self, "logging_steps", "eval_steps", "save_steps")
+        check_range(self, "logging_steps", "eval_steps", "save_steps", "warmup_steps")
         check_range(self, "lr_end", "adam_beta1", "adam_beta2", "label_smoothing_factor", below=1)
         check_range(self, "seed", below=2**32)
         # -1 is transformers' None.

@@ -127,7 +127,7 @@ MODEL = [
         labels=zeros(2) + 2,
     ),
     *of_labels(
-        BertForSequenceClassification, "'several'", "None or one of", labels=zeros(2),
+        BertForSequenceClassification, "problem_type", "several", "single_label_", labels=zeros(2),
         sizes={"problem_type": "several"},
     ),
     *of_labels(BertForTokenClassification, "(2,)", "(2, 8)", labels=zeros(2)),
@@ -252,7 +252,7 @@ TRAINING = [
         f"{MLM} --max_steps 10 --warmup_steps 20",
         "warmup_steps is 20, more than the 10 steps", "give fewer, or --warmup_ratio",
     ),
-    ("warm-up steps below 0", f"{MLM} --warmup_steps -3", "warmup_steps", "-3", ">= 0"),
+    ("a warm-up below 0", f"{MLM} --warmup_steps -3", "warmup_steps must be at least 0, got -3"),
     ("a warm-up of more than all", f"{MLM} --warmup_ratio 6", "between 0 and 1, got 6"),
     ("a warm-up of nan", f"{MLM} --warmup_ratio nan", "warmup_ratio is a share", "got nan"),
     ("nothing masked", f"{MLM} --mlm_probability 0", "mlm_probability is a share", "got 0: the"),
