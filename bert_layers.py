@@ -114,7 +114,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 # ---- attention backends ----
 # (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None, with
-# qkv (total, 3, heads, head_dim), slopes (heads,) float32, context (total, heads, head_dim).
+# qkv (total, 3, heads, head_dim), context (total, heads, head_dim), and slopes (heads,) float32, or
+# float64 where qkv are: torch's CPU kernel misreads a bias that is narrower than its queries.
 
 
 def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
@@ -717,6 +718,7 @@ class BertEncoder(nn.Module):
         that is returned is the tensor that the next layer reads, so that it has a gradient.
         """
         heads, device = self.config.num_attention_heads, hidden_states.device
+        dtype = autocast_dtype(device) or hidden_states.dtype
         if batch.rows is not None:
             # Only eager can mask padding that stays.
             backend = "eager"
@@ -724,7 +726,7 @@ class BertEncoder(nn.Module):
             backend = choose_backend(
                 self.config._attn_implementation,
                 device,
-                autocast_dtype(device) or hidden_states.dtype,
+                dtype,
                 self.config.hidden_size // heads,
                 output_attentions,
             )
@@ -736,7 +738,7 @@ class BertEncoder(nn.Module):
             tile_map = build_tile_map(batch.cu_seqlens, len(hidden_states))
             batch = batch._replace(tile_map=tile_map)
         # Filled in, since copying a list to a GPU waits for everything queued there.
-        like = {"dtype": torch.float32, "device": device}
+        like = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
