@@ -1,6 +1,8 @@
 # make test       creates the environment and runs the tests, without GPU or network
 # make test-slow  compiles every variant of the Triton kernel for four chips, and runs the
 #                 benchmarks at toy size
+# make fuzz       20 times as many cases of the tests of properties, others in every run, in about
+#                 15 minutes; what fails is kept in .hypothesis and tried first the next time
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -30,13 +32,16 @@ GPU_FLAGS_memory := --minutes 0.5
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test test-slow demo lint bench-cpu bench-gpu clean
+.PHONY: test test-slow fuzz demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
+
+fuzz: $(VENV)/ready
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile fuzz -n $(JOBS) --dist worksteal
 
 demo: $(VENV)/ready
 	$(BIN)/accelerate launch train_mlm.py recipes/demo.yaml --output_dir $(DEMO_DIR) --overwrite $(DEMO_FLAGS)

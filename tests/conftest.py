@@ -35,6 +35,22 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same cases in every run, so that a red test is a fault of the change. `make fuzz` draws others
+# and 20 times as many. A case may be slow to draw on a busy machine.
+settings.register_profile(
+    "suite",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "fuzz", settings.get_profile("suite"), max_examples=2000, derandomize=False
+)
+settings.load_profile("suite")
 
 # Helpers with assertions of their own.
 pytest.register_assert_rewrite("embeddings", "finetuning", "hub", "training")
