@@ -90,7 +90,7 @@ def test_data_that_a_trained_classifier_does_not_know_is_refused(finetuned, tmp_
     own = write_own(tmp_path, [{"text": x, "label": x.split()[2]} for x in SENTENCES])
     with pytest.raises(ValueError, match=r"labels old, other, .*child, man.*--new_classifier true"):
         start(model=folder, **own)
-    own = write_own(tmp_path, [{"text": x, "label": 0.5} for x in SENTENCES])
+    own = write_own(tmp_path, [{"text": x, "label": len(x) / 9} for x in SENTENCES])
     with pytest.raises(ValueError, match=r"labels old, other, the data has scores"):
         start(model=folder, **own)
     assert not own["output_dir"].exists()
