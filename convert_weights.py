@@ -35,6 +35,7 @@ from mosaic_tools.family import (
     EMBEDDINGS,
     PARTS,
     as_ours,
+    check_finite,
     check_fit,
     differs,
     model_class,
@@ -182,11 +183,12 @@ def convert(
         given: licence and language, as the card takes them, in place of those of the source's card.
 
     Raises:
-        ValueError: the source cannot be read, its tensors and its config do not fit each other, or
-            the layout has no place for them.
+        ValueError: the source cannot be read, holds nan or infinity, its tensors and its config do
+            not fit each other, or the layout has no place for them.
     """
     path = fetch(source)
     found, tensors = to_ours(read_tensors(path))
+    check_finite(source, tensors)
     tokenizer_name = tokenizer_name or find_tokenizer(path)
     tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
     config = make_config(read_config(config_file or path), tensors, tokenizer)

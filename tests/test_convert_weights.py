@@ -2,7 +2,7 @@
 """convert_weights.py: every layout in, one layout out, bit for bit; and what it refuses."""
 
 import json
-import pickle
+import math
 import re
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training import write_vocab
 
 import convert_weights
-from mosaic_tools import layouts
+from mosaic_tools import family, layouts
 
 MLM = GOLDENS / "mosaic_tiny" / "config.json"
 DECODER = "cls.predictions.decoder.weight"
@@ -718,29 +718,21 @@ def test_an_untied_decoder_is_refused_where_the_config_ties_it(tmp_path):
         run(source, tmp_path / "out")
 
 
-class Payload:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["torch.save", "bare pickle"])
-def test_pickled_code_is_never_executed(tmp_path, plain):
-    source = write_source(tmp_path / "source", {}, json.loads(MLM.read_text()))
-    checkpoint = {**mlm_weights(), "payload": Payload(tmp_path / "executed")}
-    if plain:
-        (source / "pytorch_model.bin").write_bytes(pickle.dumps(checkpoint))
-    else:
-        torch.save(checkpoint, source / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match="pytorch_model.bin is not loaded, since unpickling can run"
-    ):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    """They were converted, and everything that the model said was nan."""
+    weights = mlm_weights()
+    name = "bert.encoder.layer.0.mlp.wo.weight"
+    weights[name] = weights[name].clone()
+    weights[name][0, 0] = value
+    source = write_source(tmp_path / "source", weights, json.loads(MLM.read_text()))
+    with pytest.raises(ValueError, match=f"nan or infinity in {name}: .* take an earlier"):
         run(source, tmp_path / "out")
-    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out").exists()
+    # The commands that train load it otherwise.
+    config = family.as_ours(family.config_values(str(source)), str(source))
+    with pytest.raises(ValueError, match=f"nan or infinity in {name}"):
+        family.load(family.model_class("AutoModelForMaskedLM"), str(source), config)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
