@@ -601,8 +601,9 @@ def check_ids(name: str, ids: Tensor, count: int, hint: str):
         hint: what may be wrong.
 
     Raises:
-        ValueError: an id is outside 0..count - 1.
+        ValueError: the ids are no int64 or int32, or one is outside 0..count - 1.
     """
+    check_tensor(name, ids, torch.int64, torch.int32)
     unknown = torch.compiler.is_compiling() or tracing() or is_abstract(ids) or under_vmap(ids)
     if ids.is_cpu and ids.numel() and not unknown:
         low, high = (x.item() for x in ids.aminmax())
@@ -1088,10 +1089,19 @@ def exactly_one(input_ids, inputs_embeds):
             f"{'none' if input_ids is None else 'both'}"
         )
     tokens, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+    check_tensor(name, tokens)
     if tokens.dim() != rank:
-        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
         raise ValueError(f"{name} must have {rank} axes, got shape {tuple(tokens.shape)}")
     return tokens
+
+
+def check_tensor(name: str, x, *dtypes: torch.dtype):
+    """ValueError unless x is a tensor, of one of these dtypes if there are any."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: torch.tensor makes one")
+    if dtypes and x.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -1102,6 +1112,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
         logits: (n, classes). labels: (n,) int64. count: divides the sum instead of the number of
             labels here.
     """
+    check_whole("labels", labels)
     labels = labels.long().to(logits.device)
     check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1], LABELS)
     loss = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
@@ -1116,9 +1127,18 @@ def mean_loss(total: Tensor, labels: Tensor, count: Tensor | int | None) -> Tens
     return total / count.clamp(min=1)
 
 
+def check_whole(name: str, labels: Tensor):
+    """ValueError: labels that name classes or tokens are no whole numbers; their fractions would be
+    cut off."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be whole numbers, got {labels.dtype}: give labels.long()")
+
+
 def classifier_dropout(config) -> nn.Dropout:
     """Dropout before a classifier: `classifier_dropout`, or `hidden_dropout_prob` if that is
-    None."""
+    None. ValueError: the classifier would have no outputs."""
+    if config.num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {config.num_labels}")
     p = config.classifier_dropout
     return nn.Dropout(config.hidden_dropout_prob if p is None else p)
 
@@ -1293,6 +1313,7 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     def labels_of(self, hidden_states: Tensor, labels: Tensor, batch: PackedBatch) -> Tensor:
         """(batch, seqlen) int64 -> the labels of these hidden states, (total,) or (labelled,)."""
+        check_whole("labels", labels)
         labels = labels.long().to(hidden_states.device)
         if batch.rows is not None:
             # Padding stays there, and labels on it are ignored all the same.

@@ -64,7 +64,9 @@ OLD_FIELDS = {"batch": "batch_size", "labelled": "labelled_indices"}
 
 
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
-    """ValueError unless x is None or has one of the allowed shapes."""
+    """ValueError unless x is None or a tensor of one of the allowed shapes."""
+    if x is not None and not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: torch.tensor makes one")
     if x is not None and all(tuple(x.shape) != tuple(shape) for shape in allowed):
         expected = " or ".join(str(tuple(shape)) for shape in allowed)
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")

@@ -7,9 +7,11 @@ would build a stock BERT from it. `BertConfig` stays as an alias: it is the name
 """
 
 import copy
+import math
 import re
 
 from transformers import BertConfig as StockBertConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -26,6 +28,10 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
     "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
 }
+# Fields that are no sizes, and the most that each can be.
+NUMBERS = dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 1
+) | dict.fromkeys(("layer_norm_eps", "initializer_range"), math.inf)
 
 
 def is_newer(version: str, than: str) -> bool:
@@ -88,7 +94,8 @@ class MosaicBertConfig(StockBertConfig):
         configurations of other copies of this file, which may be older.
 
         Raises:
-            ValueError: a size below 1 or of no model, a hidden_size that is no multiple of
+            ValueError: a size below 1 or of no model, a rate outside of 0 to 1, an activation that
+                transformers does not have, a hidden_size that is no multiple of
                 num_attention_heads, or a decoder.
         """
         for name in ("alibi_starting_size", "low_precision_layernorm", "sparse_prediction"):
@@ -97,6 +104,8 @@ class MosaicBertConfig(StockBertConfig):
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
         saved_by = getattr(self, "mosaic_bert_version", VERSION)
+        if not isinstance(saved_by, str):
+            raise ValueError(f"mosaic_bert_version is {saved_by!r}, expected {VERSION!r} or so")
         if is_newer(saved_by, VERSION):
             logger.warning(
                 f"this checkpoint was saved by version {saved_by} of its code, which is newer than "
@@ -107,6 +116,8 @@ class MosaicBertConfig(StockBertConfig):
         for name in (*sizes, "intermediate_size", "vocab_size", "type_vocab_size"):
             # A damaged or hostile file would otherwise build layers, or fill memory, without end.
             size, most = getattr(self, name), 1000 if name == "num_hidden_layers" else 2**31 - 1
+            if not isinstance(size, int):
+                raise ValueError(f"{name} must be a whole number, got {size!r}")
             if not 1 <= size <= most:
                 bound = "at least 1" if size < 1 else f"at most {most}"
                 raise ValueError(f"{name} must be {bound}, got {size}")
@@ -115,6 +126,15 @@ class MosaicBertConfig(StockBertConfig):
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
+        for name, most in NUMBERS.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and 0 <= value <= most and math.isfinite(value)
+            if not (number or value is None and name == "classifier_dropout"):
+                bound = "0 or more" if most == math.inf else f"from 0 to {most}"
+                raise ValueError(f"{name} must be a number, {bound}, got {value!r}")
+        if self.hidden_act not in ACT2FN:
+            known = ", ".join(sorted(ACT2FN))
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {known}")
         # Fields of stock BERT that some release may no longer have.
         for name in ("is_decoder", "add_cross_attention"):
             if getattr(self, name, False):

@@ -18,6 +18,7 @@ import transformers
 from conftest import GOLDENS
 from embeddings import PAIRS, SCORED
 from finetuning import SENTENCES, by_age, write_rows
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from models import IDS, VOCAB, make, make_batch
 from safetensors.torch import save_file
 from training import DOCUMENTS, write_vocab
@@ -79,6 +80,14 @@ def of_labels(cls, *said, sizes=(), **labels):
     ]
 
 
+def of_config(**values):
+    """A configuration; transformers 5 refuses some of them by an error of its own."""
+    try:
+        return MosaicBertConfig(**values)
+    except StrictDataclassFieldValidationError as error:
+        raise ValueError(str(error)) from error
+
+
 def of_bounds(mistake, changes, *said):
     """A row of what a flattening collator says of its sequences, here of 3 and 5 tokens."""
     arguments = {"input_ids": torch.ones(1, 8, dtype=torch.int64), "cu_seq_lens_q": BOUNDS}
@@ -91,6 +100,13 @@ MODEL = [
     *of_both("ids and embeddings", ids_and(inputs_embeds=zeros(1, 2, 64)), "one of", "got both"),
     *of_both("ids of a row alone", {"input_ids": IDS[0]}, "input_ids must have 2 axes", "(2,)"),
     *of_both("flat embeddings", {"inputs_embeds": zeros(2, 64)}, "inputs_embeds must have 3 axes"),
+    *of_both("ids of floats", {"input_ids": IDS.float()}, "must be torch.int64", "float32"),
+    *of_both("ids of bool", {"input_ids": IDS.bool()}, "must be torch.int64", "got torch.bool"),
+    *of_both("ids in a list", {"input_ids": [[1, 1]]}, "input_ids must be a tensor, got list"),
+    *of_both("types of floats", ids_and(token_type_ids=IDS * 0.0), "must be torch.int64", "float3"),
+    *of_both("types in a list", ids_and(token_type_ids=[[0, 0]]), "must be a tensor, got list"),
+    *of_both("a mask in a list", ids_and(attention_mask=[[1, 1]]), "must be a tensor, got list"),
+    *of_both("positions in a list", ids_and(position_ids=[[0, 1]]), "must be a tensor, got list"),
     *of_both("an id too large", {"input_ids": IDS + VOCAB}, "holds 65", "0..63", "tokenizer"),
     *of_both("an id below 0", {"input_ids": IDS - 5}, "holds -4", "0..63", "tokenizer"),
     *of_both("no such type", ids_and(token_type_ids=IDS + 1), "token_type_ids holds 2", "0..1"),
@@ -120,6 +136,15 @@ MODEL = [
     *of_labels(BertForMaskedLM, "(16,)", "(2, 8)", labels=zeros(16)),
     *of_labels(BertForMaskedLM, "labels holds 64", "0..63", labels=zeros(2, 8) + VOCAB),
     *of_labels(BertForMaskedLM, "labels holds -1,", "by -100", "0..63", labels=zeros(2, 8) - 1)[:1],
+    *of_labels(BertForMaskedLM, "whole numbers, got torch.float32", labels=torch.zeros(2, 8)),
+    *of_labels(
+        BertForTokenClassification, "whole numbers, got torch.bool", "long()",
+        labels=zeros(2, 8, dtype=torch.bool),
+    ),
+    *of_labels(
+        BertForQuestionAnswering, "whole numbers, got torch.float32", "long()",
+        start_positions=torch.zeros(2), end_positions=torch.zeros(2),
+    ),
     *of_labels(BertForSequenceClassification, "(3,)", "(2,)", labels=zeros(3)),
     *of_labels(BertForSequenceClassification, "(2, 3)", "(2,)", labels=zeros(2, 3)),
     *of_labels(
@@ -187,6 +212,20 @@ MODEL = [
     ("no layers", lambda: MosaicBertConfig(num_hidden_layers=-1), "num_hidden_layers", "1, got -1"),
     ("no vocabulary", lambda: MosaicBertConfig(vocab_size=0), "vocab_size must be at least 1, got"),
     ("no length", lambda: MosaicBertConfig(alibi_starting_size=0), "alibi_starting_size", "got 0"),
+    ("half a layer", lambda: of_config(num_hidden_layers=1.5), "num_hidden_layers", "1.5"),
+    ("sizes in words", lambda: of_config(vocab_size="64"), "vocab_size", "64"),
+    ("a dropout of 1.5", lambda: of_config(hidden_dropout_prob=1.5), "0 to 1, got 1.5"),
+    ("a dropout below 0", lambda: of_config(attention_probs_dropout_prob=-0.1), "0 to 1, got -0.1"),
+    ("a dropout of nan", lambda: of_config(classifier_dropout=math.nan), "0 to 1, got nan"),
+    ("an eps of nan", lambda: of_config(layer_norm_eps=math.nan), "layer_norm_eps", "or more, got"),
+    ("an eps below 0", lambda: of_config(layer_norm_eps=-1.0), "layer_norm_eps", "or more, got"),
+    ("weights of nan", lambda: of_config(initializer_range=math.nan), "initializer_range", "nan"),
+    ("an unknown activation", lambda: of_config(hidden_act="gelo"), "'gelo' is not one of", "gelu"),
+    ("a version of 1", lambda: of_config(mosaic_bert_version=1), "mosaic_bert_version is 1"),
+    (
+        "no labels", lambda: make(BertForSequenceClassification, num_labels=0),
+        "num_labels must be at least 1, got 0",
+    ),
     ("65 over 4 heads", lambda: make(BertModel, hidden_size=65), "a multiple of", "got 65 and 4"),
     ("a decoder", lambda: MosaicBertConfig(is_decoder=True), "is_decoder must be False", "encoder"),
 ]  # fmt: skip
