@@ -719,7 +719,6 @@ class BertEncoder(nn.Module):
         that is returned is the tensor that the next layer reads, so that it has a gradient.
         """
         heads, device = self.config.num_attention_heads, hidden_states.device
-        dtype = autocast_dtype(device) or hidden_states.dtype
         if batch.rows is not None:
             # Only eager can mask padding that stays.
             backend = "eager"
@@ -727,7 +726,7 @@ class BertEncoder(nn.Module):
             backend = choose_backend(
                 self.config._attn_implementation,
                 device,
-                dtype,
+                autocast_dtype(device) or hidden_states.dtype,
                 self.config.hidden_size // heads,
                 output_attentions,
             )
@@ -739,7 +738,8 @@ class BertEncoder(nn.Module):
             tile_map = build_tile_map(batch.cu_seqlens, len(hidden_states))
             batch = batch._replace(tile_map=tile_map)
         # Filled in, since copying a list to a GPU waits for everything queued there.
-        like = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        # Autocast leaves float64 alone.
+        like = {"dtype": torch.promote_types(hidden_states.dtype, torch.float32), "device": device}
         slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
@@ -778,6 +778,9 @@ class BertPredictionHeadTransform(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.hidden_act not in ACT2FN:
+            known = ", ".join(sorted(ACT2FN))
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {known}")
         self.transform_act_fn = ACT2FN[config.hidden_act]
         self.LayerNorm = LayerNorm(config.hidden_size, 1e-12, config.low_precision_layernorm)
 

@@ -102,7 +102,9 @@ def main(argv=None):
     if args.push_to_hub is not None:
         check_repo_id(args.push_to_hub, args.revision)
     source = Path(args.source).resolve()
-    if args.output_dir.resolve() in (source, source.parent if source.is_file() else source):
+    # What is not there is a Hub id, whose name a folder may have.
+    holding = (source, source.parent if source.is_file() else source) if source.exists() else ()
+    if args.output_dir.resolve() in holding:
         raise ValueError(f"{args.output_dir} holds the source, which would be lost: choose another")
     name = args.push_to_hub or args.output_dir.name
     given = about_weights(args.license, args.language)

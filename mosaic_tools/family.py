@@ -233,7 +233,9 @@ def differs(source) -> str:
 
 def check_finite(source, tensors: dict):
     """ValueError: a tensor holds nan or infinity, with which a model knows nothing."""
-    if wrong := [name for name, x in tensors.items() if not torch.isfinite(x).all()]:
+    # torch has no isfinite for dtypes of 8 bits.
+    wide = ((name, x.float() if x.itemsize == 1 else x) for name, x in tensors.items())
+    if wrong := [name for name, x in wide if not torch.isfinite(x).all()]:
         raise ValueError(
             f"{source} holds nan or infinity in {listed(wrong)}: its file is damaged, or its "
             "training diverged; take an earlier checkpoint"

@@ -297,11 +297,7 @@ class RecipeArguments(TrainingArguments):
         # -1 is transformers' None.
         if self.max_steps != -1:
             check_range(self, "max_steps", least=1)
-            if self.warmup_steps > self.max_steps:
-                raise ValueError(
-                    f"warmup_steps is {self.warmup_steps:g}, more than the {self.max_steps} steps "
-                    "of the run: give fewer, or --warmup_ratio"
-                )
+            self.check_warmup(self.max_steps)
         elif not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
                 f"num_train_epochs must be a number above 0, got {self.num_train_epochs:g}"
@@ -328,7 +324,16 @@ class RecipeArguments(TrainingArguments):
         """The share of all steps; a warmup_steps below 1 is one too, as in transformers 5."""
         return self.warmup_steps if 0 < self.warmup_steps < 1 else self.warmup_ratio
 
+    def check_warmup(self, steps: int):
+        """ValueError: the warm-up is longer than the run, and would never reach its peak."""
+        if self.warmup_steps > steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps:g}, more than the {steps} steps of the run: "
+                "give fewer, or --warmup_ratio"
+            )
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
+        self.check_warmup(num_training_steps)
         return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
 
 

@@ -220,7 +220,10 @@ MODEL = [
     ("an eps of nan", lambda: of_config(layer_norm_eps=math.nan), "layer_norm_eps", "or more, got"),
     ("an eps below 0", lambda: of_config(layer_norm_eps=-1.0), "layer_norm_eps", "or more, got"),
     ("weights of nan", lambda: of_config(initializer_range=math.nan), "initializer_range", "nan"),
-    ("an unknown activation", lambda: of_config(hidden_act="gelo"), "'gelo' is not one of", "gelu"),
+    (
+        "an unknown activation", lambda: make(BertForMaskedLM, hidden_act="gelo"),
+        "'gelo' is not one of", "gelu",
+    ),
     ("a version of 1", lambda: of_config(mosaic_bert_version=1), "mosaic_bert_version is 1"),
     (
         "no labels", lambda: make(BertForSequenceClassification, num_labels=0),

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, run_python
 from models import make
 
 from mosaic_bert import bert_layers, configuration_bert
@@ -117,3 +117,17 @@ def test_a_config_changed_after_it_was_made_is_checked_by_the_model():
     config.num_attention_heads = 5
     with pytest.raises(ValueError, match="got 768 and 5"):
         bert_layers.BertModel(config)
+
+
+def test_the_configuration_is_read_without_torch():
+    """As tokenizers and ONNX runtimes do."""
+    code = """
+import sys, types
+sys.modules["torch"] = None
+package = types.ModuleType("mosaic_bert")
+package.__path__ = [sys.argv[1]]
+sys.modules["mosaic_bert"] = package
+from mosaic_bert.configuration_bert import MosaicBertConfig
+print(MosaicBertConfig(hidden_size=96).hidden_size)
+"""
+    assert run_python(code, ROOT).split() == ["96"]

@@ -762,6 +762,12 @@ def test_sources_that_are_not_there(tmp_path):
         run(write_composer(tmp_path / "ep0.pt", mlm_weights()), tmp_path / "out")
 
 
+def test_a_folder_may_have_the_name_of_the_hub_id_that_it_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nor can it be had from the Hub"):
+        run("org/name", "org/name")
+
+
 def test_nothing_is_overwritten_unless_asked_for(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

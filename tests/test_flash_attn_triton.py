@@ -171,7 +171,8 @@ def test_odd_numbers_of_heads_match_the_oracle(heads, tiles):
 def test_fp32_gradients_hold_at_large_scores(tiles):
     """The one-block backward was 9 times as far off as PyTorch: its rows of p sum to 1 + e."""
     for seed in range(3):
-        qkv, cu_seqlens, slopes, dout = make_batch([40], 2, 16, seed=seed)
+        # Of one sequence PyTorch's error may be a third of the usual by chance, on some CPUs.
+        qkv, cu_seqlens, slopes, dout = make_batch([40] * 8, 2, 16, seed=seed)
         assert_matches(qkv, dout, cu_seqlens, slopes, softmax_scale=2.0)
 
 

@@ -169,8 +169,8 @@ def test_bm25_reads_no_further_than_the_length():
 
 def test_ndcg_is_that_of_sentence_transformers():
     similarities = np.random.default_rng(0).standard_normal((40, 30))
-    relevant = [i % 30 for i in range(200)]
-    ids = [str(i) for i in range(200)]
+    relevant = [i % 30 for i in range(40)]
+    ids = [str(i) for i in range(40)]
     evaluator = InformationRetrievalEvaluator(
         {x: x for x in ids},
         {x: x for x in ids[:30]},

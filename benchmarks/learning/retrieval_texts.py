@@ -79,11 +79,10 @@ def controlled(articles: list[str], count: int, longest: int, size, random: Rand
     Raises:
         ValueError: there are too few articles.
     """
-    articles = random.sample(articles, len(articles))
-    targets = [random.choice(pairs) for x in articles if (pairs := followed(x))]
-    fillers = [passage for x in articles[count * len(DEPTHS) :] for _, passage in followed(x)]
+    found = [pairs for x in random.sample(articles, len(articles)) if (pairs := followed(x))]
     # An article with a target has no other passage in the task.
-    targets = targets[: count * len(DEPTHS)]
+    targets = [random.choice(pairs) for pairs in found[: count * len(DEPTHS)]]
+    fillers = [passage for pairs in found[count * len(DEPTHS) :] for _, passage in pairs]
     fillers = iter(random.sample(fillers, len(fillers)))
     task = Task([], [], [], [])
     try:
