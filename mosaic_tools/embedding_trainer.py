@@ -427,6 +427,18 @@ def tfidf(ranking: InformationRetrievalEvaluator) -> dict[str, float]:
 # ---- training ----
 
 
+class Epoch:
+    """Tells the epoch to all samplers. sentence-transformers 5.7 tells it to none of a source, whose
+    batches would be the same in every epoch."""
+
+    def __init__(self, *samplers):
+        self.samplers = samplers
+
+    def set_epoch(self, epoch: int):
+        for sampler in self.samplers:
+            sampler.set_epoch(epoch)
+
+
 class Share(SetEpochMixin):
     """So many batches of a source in each epoch. If it has fewer it starts over, in another order;
     if it has more, others are left out in each epoch."""
@@ -482,7 +494,7 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
             batch_samplers = weighted(batch_samplers, self.args.source_weights)
         sampler = super().get_multi_dataset_batch_sampler(dataset, batch_samplers, **kwargs)
         # Where batches are split, accelerate tells the epoch to this one only.
-        sampler.sampler = sampler
+        sampler.sampler = Epoch(sampler, *batch_samplers)
         return sampler
 
     def add_model_card_callback(self, default_args_dict):

@@ -177,6 +177,14 @@ def test_sources_have_batches_by_their_weights(golden, tmp_path):
     assert seen[0] != seen[1]
 
 
+def test_each_epoch_has_other_batches(golden, tmp_path):
+    """With sentence-transformers 5.7 only the order of sources was another."""
+    loader = trainer_of(golden, {"pairs": ROWS, "scored": STS}, arguments(tmp_path))
+    loader = loader.get_train_dataloader()
+    first, second = ({frozenset(x) for x in batches_of(loader, epoch)} for epoch in (0, 1))
+    assert first != second
+
+
 def test_a_source_of_little_weight_has_a_batch(golden, tmp_path):
     args = arguments(tmp_path, source_weights=[1e-3, 1])
     loader = trainer_of(golden, {"pairs": ROWS, "scored": STS}, args).get_train_dataloader()

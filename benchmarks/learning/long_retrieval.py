@@ -17,9 +17,9 @@ the nearest of them, and BM25 (bm25s) on the same part of the text. BERT reads 5
     pip install bm25s
     python benchmarks/learning/long_retrieval.py --articles wiki.train.txt.xz wiki.valid.txt
 
-About two hours of one core, by its CPU time. The same command again trains only what is not trained.
-Adds a record a model and seed to long_retrieval.jsonl, draws long_retrieval.png, and prints nDCG@10
-in tables. The last line is JSON: by how much nDCG@10 rises from 256 to 4096 tokens, of each seed.
+About two hours of one core. The same command again trains only what is not trained. Adds a record a
+model and seed to long_retrieval.jsonl, draws long_retrieval.png, and prints nDCG@10 in tables. The
+last line is JSON: by how much nDCG@10 rises from 256 to 4096 tokens, of each seed.
 """
 
 import argparse
