@@ -428,7 +428,7 @@ def tfidf(ranking: InformationRetrievalEvaluator) -> dict[str, float]:
 
 
 class Epoch:
-    """Tells the epoch to all samplers. sentence-transformers 5.7 tells it to none of a source, whose
+    """Tells all samplers the epoch. sentence-transformers 5.7 tells it to none of a source, whose
     batches would be the same in every epoch."""
 
     def __init__(self, *samplers):
