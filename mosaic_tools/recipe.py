@@ -349,7 +349,10 @@ class PretrainingArguments(RecipeArguments):
     )
 
     def __post_init__(self):
-        check_range(self, "divergence", "peak_tflops")
+        check_range(self, "peak_tflops")
+        # Infinity lets every loss rise.
+        if not self.divergence >= 0:
+            raise ValueError(f"divergence must be at least 0, got {self.divergence}")
         super().__post_init__()
 
 
