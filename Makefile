@@ -1,8 +1,8 @@
 # make test       creates the environment and runs the tests, without GPU or network
 # make test-slow  compiles every variant of the Triton kernel for four chips, and runs the
 #                 benchmarks at toy size
-# make fuzz       20 times as many cases of the tests of properties, others in every run, in about
-#                 15 minutes; what fails is kept in .hypothesis and tried first the next time
+# make fuzz       20 times as many cases of the tests of properties, others in every run; what
+#                 fails is kept in .hypothesis and tried first the next time
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff

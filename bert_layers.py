@@ -41,6 +41,7 @@ from transformers.utils import ModelOutput, logging
 from .bert_padding import (
     PackedBatch,
     check_shape,
+    check_tensor,
     is_abstract,
     is_functorch_wrapped_tensor,
     pack_batch,
@@ -1097,14 +1098,6 @@ def exactly_one(input_ids, inputs_embeds):
     if tokens.dim() != rank:
         raise ValueError(f"{name} must have {rank} axes, got shape {tuple(tokens.shape)}")
     return tokens
-
-
-def check_tensor(name: str, x, *dtypes: torch.dtype):
-    """ValueError unless x is a tensor, of one of these dtypes if there are any."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: torch.tensor makes one")
-    if dtypes and x.dtype not in dtypes:
-        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:

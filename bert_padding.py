@@ -63,11 +63,20 @@ class PackedBatch(NamedTuple):
 OLD_FIELDS = {"batch": "batch_size", "labelled": "labelled_indices"}
 
 
+def check_tensor(name: str, x, *dtypes: torch.dtype):
+    """ValueError unless x is a tensor, of one of these dtypes if there are any."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: torch.tensor makes one")
+    if dtypes and x.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
+
+
 def check_shape(name: str, x: Tensor | None, *allowed: tuple[int, ...]):
     """ValueError unless x is None or a tensor of one of the allowed shapes."""
-    if x is not None and not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: torch.tensor makes one")
-    if x is not None and all(tuple(x.shape) != tuple(shape) for shape in allowed):
+    if x is None:
+        return
+    check_tensor(name, x)
+    if all(tuple(x.shape) != tuple(shape) for shape in allowed):
         expected = " or ".join(str(tuple(shape)) for shape in allowed)
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
 

@@ -95,8 +95,7 @@ class MosaicBertConfig(StockBertConfig):
 
         Raises:
             ValueError: a size below 1 or of no model, a rate outside of 0 to 1, an activation that
-                transformers does not have, a hidden_size that is no multiple of
-                num_attention_heads, or a decoder.
+                is no name, a hidden_size that is no multiple of num_attention_heads, or a decoder.
         """
         for name in ("alibi_starting_size", "low_precision_layernorm", "sparse_prediction"):
             if not hasattr(self, name):

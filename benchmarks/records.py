@@ -39,7 +39,11 @@ def command(argv: list[str]) -> str:
     """How the script was called, its path from the root, files and folders by their names only."""
     script = Path(argv[0]).resolve()
     script = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
-    words = [Path(word).name if Path(word).exists() else word for word in argv[1:]]
+    # A file to write may not be there yet.
+    words = [
+        Path(word).name if Path(word).exists() or Path(word).is_absolute() else word
+        for word in argv[1:]
+    ]
     return shlex.join(["python", script, *words])
 
 

@@ -197,6 +197,9 @@ def test_a_record_names_the_script_from_the_root(tmp_path):
     script = str(ROOT / "benchmarks" / "speed" / "pretraining.py")
     expected = f"python benchmarks/speed/pretraining.py --output {tmp_path.name} --rounds 3"
     assert command([script, *words]) == expected
+    # A file that is not there yet has no machine's path either.
+    words[1] = str(tmp_path / "new" / tmp_path.name)
+    assert command([script, *words]) == expected
     assert command([str(tmp_path / "other.py")]) == "python other.py"
 
 

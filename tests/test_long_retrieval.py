@@ -9,9 +9,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import run_python
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from training import flags, trained_tokenizer
+from training import RUN_IN_PLACE, flags, trained_tokenizer
 
 from benchmarks.learning import long_retrieval, long_retrieval_results
 from benchmarks.learning import retrieval_texts as texts
@@ -216,20 +216,11 @@ def test_a_toy_run_records_draws_and_trains_once(tmp_path):
         *flags(articles="articles.txt", output_dir="out", results=".", seeds=1, hidden_size=64),
         *flags(layers=1, vocab_size=150, steps=2, batch=8, held_out=12, count=2, longest=3),
     ]
-    # All in one process, in place of one for each run.
     said = run_python(
         f"""
-import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
+{RUN_IN_PLACE}
 from benchmarks.learning import long_retrieval, side_by_side
 
-def run(commands):
-    for words in commands.values():
-        print("RUN", words[0])
-        sys.argv[:] = map(str, words)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-os.chdir(sys.argv[1])
 long_retrieval.run = side_by_side.run = run
 for _ in range(2):
     print("AGAIN")

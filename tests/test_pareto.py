@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_python
-from training import DOCUMENTS, SIZES, flags
+from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags
 
 from benchmarks.learning import ablations, pareto, pareto_results
 from mosaic_bert import bert_layers
@@ -178,20 +178,11 @@ def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
         *("--finetune", "--max_steps 2", "--adam_beta1", 0.8, "--seeds", 1),
         *("--models", "mosaic", *others),
     ]
-    # All in one process, in place of one for each run.
     said = run_python(
         f"""
-import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
+{RUN_IN_PLACE}
 from benchmarks.learning import pareto
 
-def run(commands):
-    for words in commands.values():
-        print("RUN", words[0])
-        sys.argv[:] = map(str, words)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-os.chdir(sys.argv[1])
 for words in {[[str(x) for x in words] for words in preparing]}:
     run({{"": [{str(ROOT / "prepare_data.py")!r}, *words]}})
 pareto.TRIAL, pareto.run = 10, run
