@@ -3,6 +3,7 @@
 #                 benchmarks at toy size
 # make fuzz       20 times as many cases of the tests of properties, others in every run; what
 #                 fails is kept in .hypothesis and tried first the next time
+# make soak       long runs: memory, open files, threads, kills at random, full disks; about an hour
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -32,7 +33,7 @@ GPU_FLAGS_memory := --minutes 0.5
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test test-slow fuzz demo lint bench-cpu bench-gpu clean
+.PHONY: test test-slow fuzz soak demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -42,6 +43,9 @@ test-slow: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile fuzz -n $(JOBS) --dist worksteal
+
+soak: $(VENV)/ready
+	$(BIN)/python -m pytest -m soak -v -s -n 0
 
 demo: $(VENV)/ready
 	$(BIN)/accelerate launch train_mlm.py recipes/demo.yaml --output_dir $(DEMO_DIR) --overwrite $(DEMO_FLAGS)

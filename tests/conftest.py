@@ -162,7 +162,8 @@ def mosaic(tmp_path_factory):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "slow" in item.keywords and "slow" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="takes minutes: choose it with -m slow"))
+        for mark in ("slow", "soak"):
+            if mark in item.keywords and mark not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"takes long: choose it with -m {mark}"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
