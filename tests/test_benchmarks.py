@@ -2,6 +2,7 @@
 """The benchmarks run, at toy size and in Triton's interpreter, and count what they say."""
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 import transformers
 from conftest import ROOT, run_python
 
-from benchmarks import plot
+from benchmarks import half_precision, plot
 from benchmarks.learning import learning, pareto
 from benchmarks.records import command, environment, place, version
 from benchmarks.speed import clocks, compare, encoders, pretraining, profile_step
@@ -338,6 +339,47 @@ else:
     )
 
 
+def test_drift_is_that_of_the_outputs():
+    """In one of two dimensions; the second of two guesses is another word."""
+    hidden, logits = torch.ones(1, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    exact = half_precision.drift((hidden, logits), (hidden, logits))
+    assert exact == pytest.approx({"hidden": 0, "embedding": 0, "guesses": 0, "KL": 0})
+    off = torch.tensor([0.2, 0.0]).expand(1, 4, 2)
+    found = half_precision.drift((hidden + off, logits[:1].repeat(2, 1)), (hidden, logits))
+    # Of the second token, whose words have 1 : e ** 3 and are given e : 1.
+    right, given = 1 / (1 + torch.e**-3), 1 / (1 + torch.e)
+    nats = right * math.log(right / given)
+    nats += (1 - right) * math.log((1 - right) / (1 - given))
+    cosine = 2.2 / math.sqrt(2 * (1.2**2 + 1))
+    expected = {"hidden": 0.2 / math.sqrt(2), "embedding": 1 - cosine, "guesses": 0.5}
+    assert found == pytest.approx(expected | {"KL": nats / 2})
+
+
+def test_half_precision_measures_what_it_says():
+    """Words are masked, not the row's ends; BERT has no LayerNorm in low precision."""
+    rows, masked = half_precision.make_rows(torch.arange(10, 46), (1, 2, 3), 20)
+    assert rows.shape == (2, 20) and masked.any()
+    assert torch.equal(rows[:, [0, -1]], torch.tensor([[1, 2]] * 2))
+    assert torch.equal(rows == 3, masked) and not masked[:, [0, -1]].any()
+    run_python(
+        TOYS
+        + """
+from benchmarks.half_precision import SETTINGS, in_setting, random_model
+for name in ("mosaic-base", "bert-base"):
+    model = random_model(name)
+    for setting, (dtype, low_precision) in SETTINGS.items():
+        candidate = in_setting(model, setting)
+        if name == "bert-base" and low_precision:
+            assert candidate is None
+            continue
+        assert candidate.dtype == dtype and model.dtype == torch.float32
+        if name == "mosaic-base":
+            norm = candidate.base_model.embeddings.LayerNorm
+            assert norm.low_precision == bool(low_precision)
+"""
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words, cases",
@@ -349,6 +391,7 @@ else:
         ("speed/profile_step.py --steps 1", 12),
         ("kernel/attention.py --providers ours sdpa", 16),
         ("kernel/tune.py", 11),
+        ("half_precision.py --models mosaic-base bert-base --lengths 16", 7),
     ],
 )
 def test_a_toy_run_prints_records_and_a_table(words, cases):
