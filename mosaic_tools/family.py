@@ -21,6 +21,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
+from mosaic_tools.weights import fetch, read_tensors
+
 HERE = str(Path(__file__).resolve().parents[1])
 PARTS = {"bert.pooler.": "pooler", "cls.": "MLM head", "classifier.": "classifier"}
 # Counters that old transformers saved among the weights.
@@ -140,9 +142,11 @@ def load(model_class, source: str, config, other_head: bool = False, flag: str =
         The model, and the names of its tensors that are new.
 
     Raises:
-        ValueError: as `check_loaded` and `check_finite`, or a decoder is stored that differs from
-            the embeddings, and the config ties them.
+        ValueError: as `check_size`, `check_loaded` and `check_finite`, or a decoder is stored that
+            differs from the embeddings, and the config ties them.
     """
+    if is_ours(config):
+        check_size(source, model_class, config)
     # Tied below: where both are stored, 4.57 drops the decoder, and 5.0 leaves it untied.
     ties = is_ours(config) and config.tie_word_embeddings
     if ties:
@@ -174,6 +178,22 @@ def load(model_class, source: str, config, other_head: bool = False, flag: str =
         vars(model).pop("_weight_conversions", None)
     check_finite(source, model.state_dict())
     return model, new
+
+
+def check_size(source: str, model_class, config):
+    """ValueError: the files cannot be read, or the config describes an encoder of far more weights
+    than they hold. transformers would take the memory for it, and compare then."""
+    with torch.device("meta"):
+        encoder = model_class(config).base_model
+    described = sum(x.numel() for name, x in encoder.named_parameters() if "pooler" not in name)
+    stored = sum(x.numel() for x in read_tensors(fetch(source)).values())
+    # 500 MB of float32 are harmless, and `check_loaded` can name the tensors.
+    if described > 2 * stored + 125 * 10**6:
+        raise ValueError(
+            f"{source} does not fit {model_class.__name__}: its config describes an encoder of "
+            f"{described:,} weights, and its files hold {stored:,}; correct the sizes in its "
+            "config.json, or take the checkpoint that it is of"
+        )
 
 
 def check_loaded(source, model, loaded: dict, other_head: bool = False, flag: str = "") -> set[str]:

@@ -2,7 +2,6 @@
 """Layouts of checkpoints in the wild: their names of tensors, and the way to ours and back."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mosaic_tools.family import BUFFERS, listed
@@ -70,7 +69,7 @@ def join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             shapes = [tensors[x].shape for x in names if x in tensors]
             # What is left apart has no place, and will be listed.
             if shapes == [shapes[0]] * len(names) and shapes[0]:
-                joint = rearrange([tensors.pop(x) for x in names], "qkv dim ... -> (qkv dim) ...")
+                joint = torch.cat([tensors.pop(x) for x in names])
                 name = first.replace(parts[0], ours)
                 if name in tensors and not torch.equal(tensors[name], joint):
                     raise ValueError(f"{name} differs from {', '.join(names)}")
@@ -87,7 +86,7 @@ def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             apart[name] = tensor
             continue
         parts = JINA_NAMES[ours]
-        pieces = rearrange(tensor, "(qkv dim) ... -> qkv dim ...", qkv=len(parts))
+        pieces = tensor.unflatten(0, (len(parts), -1))
         for part, piece in zip(parts, pieces, strict=True):
             apart[name.replace(ours, part)] = piece
     return apart

@@ -8,7 +8,6 @@ It shares no code with the model. `weights` are a checkpoint's tensors by their 
 import math
 
 import torch
-from einops import rearrange
 
 
 def slopes(heads):
@@ -45,9 +44,8 @@ def alibi_attention(
     outs, lses = [], []
     bounds = cu_seqlens.tolist()
     for index, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        q, k, v = rearrange(
-            qkv[begin:end].to(dtype), "seqlen qkv heads head_dim -> qkv heads seqlen head_dim"
-        )
+        # each (heads, seqlen, head_dim)
+        q, k, v = qkv[begin:end].to(dtype).permute(1, 2, 0, 3)
         scores = q @ k.transpose(1, 2) * scale  # (heads, seqlen, seqlen)
         if slopes is not None:
             if position_ids is None:
@@ -59,7 +57,7 @@ def alibi_attention(
         weights = scores.softmax(-1)
         if dropout_mask is not None:
             weights = weights * dropout_mask[index].to(dtype)
-        outs.append(rearrange(weights @ v, "heads seqlen head_dim -> seqlen heads head_dim"))
+        outs.append((weights @ v).transpose(0, 1))
         lses.append(scores.logsumexp(-1))
     return torch.cat(outs), torch.cat(lses, 1)
 
@@ -89,22 +87,12 @@ def encode(weights, config, ids, token_types, positions):
     states = [norm(x, weights, "bert.embeddings.LayerNorm", eps)]
     for i in range(config["num_hidden_layers"]):
         x, layer = states[-1], f"bert.encoder.layer.{i}"
-        qkv = rearrange(
-            linear(x, weights, f"{layer}.attention.self.Wqkv"),
-            "seqlen (qkv heads head_dim) -> seqlen qkv heads head_dim",
-            qkv=3,
-            heads=heads,
-        )
+        qkv = linear(x, weights, f"{layer}.attention.self.Wqkv").unflatten(1, (3, heads, -1))
         whole = torch.tensor([0, len(x)])
         context, _ = alibi_attention(qkv, whole, slopes(heads), positions)
-        context = rearrange(context, "seqlen heads head_dim -> seqlen (heads head_dim)")
-        attended = linear(context, weights, f"{layer}.attention.output.dense")
+        attended = linear(context.flatten(1), weights, f"{layer}.attention.output.dense")
         x = norm(attended + x, weights, f"{layer}.attention.output.LayerNorm", eps)
-        gate, value = rearrange(
-            linear(x, weights, f"{layer}.mlp.gated_layers"),
-            "seqlen (halves inter) -> halves seqlen inter",
-            halves=2,
-        )
+        gate, value = linear(x, weights, f"{layer}.mlp.gated_layers").chunk(2, dim=1)
         states.append(
             norm(
                 linear(gelu(gate) * value, weights, f"{layer}.mlp.wo") + x,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints made to do harm: the converter refuses them by name, runs nothing that is in them,
-writes nothing, and stays within some memory and time."""
+writes nothing, and stays within some memory and time. So do the commands that train."""
 
 import contextlib
 import io
@@ -18,6 +18,7 @@ from conftest import GOLDENS
 from safetensors.torch import save
 
 import convert_weights
+from mosaic_tools import family
 
 CONFIG = (GOLDENS / "mosaic_tiny" / "config.json").read_text()
 WEIGHTS = torch.load(GOLDENS / "mosaic_tiny" / "pytorch_model.bin", weights_only=True)
@@ -149,14 +150,19 @@ def limits():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def refused(folder, files: dict, message: str):
-    """Converts a folder of these files, beside the usual ones, and expects a refusal."""
+def write(folder, files: dict):
+    """A folder of these files, beside the usual ones."""
     folder.mkdir()
     usual = {"config.json": CONFIG, "model.safetensors": tensors()}
     if "pytorch_model.bin" in files:
         del usual["model.safetensors"]
     for name, content in (usual | files).items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def refused(folder, files: dict, message: str):
+    """Converts such a folder, and expects a refusal."""
+    write(folder, files)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         convert_weights.main([str(folder), str(folder.with_name("out"))])
     assert [x.name for x in folder.parent.iterdir()] == [folder.name]
@@ -180,6 +186,32 @@ def test_code_in_a_pickle_is_never_run(where, name, tmp_path):
     with contextlib.suppress(Exception):
         torch.load(io.BytesIO(content), weights_only=False)
     assert canary.exists()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"config.json": with_config(vocab_size=2 * 10**7)}, "1,920,251,808 weights, .* 323,072"),
+        ({"config.json": with_config(intermediate_size=4 * 10**7)}, "34,560,144,288 weights"),
+        (
+            {
+                "pytorch_model.bin": FILES["a tensor that unpacks to a gigabyte"][0][
+                    "pytorch_model.bin"
+                ]
+            },
+            "unpack to",
+        ),
+    ],
+)
+def test_the_commands_that_train_refuse_it_within_memory_and_time(
+    files, message, tmp_path, request
+):
+    """They load by transformers, which took 15 GB and 40 seconds for such a vocabulary."""
+    folder, loader = tmp_path / "source", family.model_class("AutoModelForMaskedLM")
+    write(folder, {name: x() if callable(x) else x for name, x in files.items()})
+    request.getfixturevalue("limits")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        family.load(loader, str(folder), family.read_config(str(folder)))
 
 
 @pytest.mark.parametrize("what", FILES)
