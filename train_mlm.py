@@ -33,7 +33,7 @@ from mosaic_tools.family import is_ours
 from mosaic_tools.mlm_trainer import MlmTrainer, build_model
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import DataArguments, parse
-from mosaic_tools.recipe_trainer import train_and_save
+from mosaic_tools.recipe_trainer import reading_rows, train_and_save
 
 
 def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
@@ -111,7 +111,8 @@ def main():
     facts = describe(trainer, data_args)
     if not train_and_save(trainer, facts, checkpoint):
         return
-    metrics = trainer.evaluate()
+    with reading_rows(args.output_dir):
+        metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer of all commands: the recipe's weight decay, and folders that others can read."""
 
+import contextlib
 from pathlib import Path
 
 from transformers import Trainer
 
-from mosaic_tools.checkpoints import COMPLETE, change_of_precision, saving
+from mosaic_tools.checkpoints import (
+    COMPLETE,
+    change_of_precision,
+    newest_checkpoint,
+    saving,
+)
 from mosaic_tools.family import is_ours
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
@@ -43,6 +49,27 @@ class RecipeTrainer(Trainer):
         )
 
 
+@contextlib.contextmanager
+def reading_rows(output_dir: str | Path):
+    """Says what is intact when a process of the DataLoader dies.
+
+    torch raises it wherever this process happens to be, so that it may come out of a save as well.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        death = error if isinstance(error, RuntimeError) else error.__cause__
+        if "DataLoader worker" not in str(death):
+            raise
+        checkpoint, _ = newest_checkpoint(Path(output_dir))
+        raise RuntimeError(
+            f"a process that loads rows died: {str(death).rstrip(' .')}. The last complete "
+            f"checkpoint: {checkpoint or 'none'}. Repeat the command with --resume_from_checkpoint "
+            "last; where memory was short, with fewer --dataloader_num_workers (a stream keeps "
+            "their number)"
+        ) from error
+
+
 def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: str | None) -> bool:
     """Says what is about to run, trains, and saves the model.
 
@@ -59,7 +86,8 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
         say(f"{name}: {value}")
     if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
         say(f"{change}: --bf16 true or false chooses")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with reading_rows(args.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
     # A resumed run has a state of its own.
     state = trainer.state
     if trainer.sigterm.stopped and state.global_step < state.max_steps:

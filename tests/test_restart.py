@@ -2,6 +2,7 @@
 """Runs of train_mlm.py that are killed, stopped, spread over processes, compiled, or fail: the
 losses of a resumed run are those of one that was never interrupted, to the bit."""
 
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import ACCELERATE, DOCUMENTS, ROOT, SIZES, command_of, flags, read_log, run
+from transformers import Trainer
 
 import train_mlm
 from mosaic_tools import mlm_trainer
@@ -249,6 +251,23 @@ def test_a_full_disk_is_an_error_that_says_what_is_intact(train, tmp_path):
     with pytest.raises(OSError, match="checkpoint-6 could not be written.*checkpoint-3.*Make room"):
         train(overwrite=True)
     assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("busy", ["training_step", "_save_checkpoint", "prediction_step"])
+def test_a_killed_worker_is_named_wherever_the_run_was_and_what_is_intact(train, monkeypatch, busy):
+    """During a save it passed for a full disk: torch raises in whatever the run is busy with."""
+    method = getattr(Trainer, busy)
+
+    def killing(self, *args, **kwargs):
+        if self.state.global_step >= 4:
+            multiprocessing.active_children()[0].kill()
+            time.sleep(60)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, busy, killing)
+    with pytest.raises(RuntimeError, match="loads rows died: .*killed by signal.*checkpoint-") as e:
+        train(save_steps=3, dataloader_num_workers=1, per_device_eval_batch_size=1)
+    assert "--resume_from_checkpoint last" in str(e.value) and "Make room" not in str(e.value)
 
 
 def test_a_finished_folder_is_uploaded_once_and_whole(train, monkeypatch, capsys):
