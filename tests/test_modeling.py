@@ -4,6 +4,9 @@
 Faults of the published code are named where their tests stand.
 """
 
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import on_every_backend, to
@@ -287,6 +290,23 @@ def test_dropout_is_a_function_of_the_seed_and_does_nothing_in_evaluation():
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0).train()(x), x) and not Dropout(1.0).train()(x).any()
     assert Dropout(0.5).train()(x[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_threads_that_call_one_model_get_the_results_of_one(backend):
+    """A forward pass leaves nothing in the model that another could read."""
+    model, generator = make(BertForMaskedLM, backend), random.Random(0)
+    batches = [make_batch(*generator.choices(range(60), k=3), seqlen=60) for _ in range(20)]
+
+    def logits(i):
+        with torch.no_grad():
+            return model(**batches[i]).logits
+
+    expected = [logits(i) for i in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        order = [i for k in range(8) for i in random.Random(k).sample(range(20), 20)]
+        for i, found in zip(order, pool.map(logits, order), strict=True):
+            assert torch.equal(found, expected[i])
 
 
 def test_every_public_name_has_a_docstring():
