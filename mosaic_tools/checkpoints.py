@@ -163,7 +163,9 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
             f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
             "continue with --resume_from_checkpoint last, or move the checkpoints away"
         )
-    goes_on = wanted == "last" and (newest or torn)
+    # One that was killed before its first checkpoint has left its log, and no model.
+    begun = (folder / "log.jsonl").exists() and not any(folder.glob("model*.safetensors"))
+    goes_on = wanted == "last" and (newest or torn or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
         raise ValueError(
             f"output_dir {folder} is not empty: choose another, continue with "

@@ -5,44 +5,35 @@ losses of a resumed run are those of one that was never interrupted, to the bit.
 import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import ACCELERATE, DOCUMENTS, ROOT, SIZES, command_of, flags, read_log, run
+from training import (
+    ACCELERATE,
+    DOCUMENTS,
+    RESUME,
+    ROOT,
+    RUN,
+    arguments,
+    flags,
+    losses,
+    read_log,
+    run,
+    start,
+    wait_until,
+)
 from transformers import Trainer
 
 import train_mlm
 from mosaic_tools import mlm_trainer
-from mosaic_tools.checkpoints import newest_checkpoint
+from mosaic_tools.checkpoints import checkpoint_to_resume, newest_checkpoint
 from mosaic_tools.publishing import files_to_upload
+from mosaic_tools.recipe import RecipeArguments
 
-STEPS = 30
-# Epochs of four steps, dropout, two micro-batches a step, a checkpoint every three steps.
-RUN = SIZES | {
-    "train_file": "text.txt",
-    "validation_split": 20,
-    "max_seq_length": 16,
-    "global_batch_size": 16,
-    "per_device_train_batch_size": 8,
-    "max_steps": STEPS,
-    "learning_rate": 3e-3,
-    "cpu_threads": 1,
-    "logging_steps": 1,
-    "save_steps": 3,
-    "output_dir": "out",
-}
-RESUME = flags(resume_from_checkpoint="last")
-
-
-def losses(folder) -> dict[int, float]:
-    entries = read_log(folder)
-    by_step = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
-    assert len(by_step) == sum("loss" in entry for entry in entries), "a step is logged twice"
-    return by_step
+STEPS = RUN["max_steps"]
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +44,6 @@ def whole(tmp_path_factory):
     run(cwd, ROOT / "train_mlm.py", *flags(**RUN))
     assert list(losses(cwd / "out")) == list(range(1, STEPS + 1))
     return cwd
-
-
-def arguments(whole, **values):
-    same = {"train_file": whole / "text.txt", "tokenizer_name": whole / "out"}
-    return [ROOT / "train_mlm.py", *flags(**RUN | same | values)]
-
-
-def start(cwd, *words):
-    return subprocess.Popen(
-        **command_of(cwd, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_until(condition, process):
-    """Looks as often as it can, so as not to miss what lasts milliseconds."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(2e-4)
 
 
 def test_a_run_that_is_killed_again_and_again_has_the_losses_of_a_whole_one(whole, tmp_path):
@@ -102,6 +73,16 @@ def test_a_run_that_is_killed_again_and_again_has_the_losses_of_a_whole_one(whol
     assert losses(out) == losses(whole / "out")
     weights, expected = (load_file(x / "out" / "model.safetensors") for x in (tmp_path, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_is_begun_anew(tmp_path):
+    """Its log was there already, and 'last' was refused with the advice to give 'last'."""
+    recipe = RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    assert checkpoint_to_resume(recipe) is None
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint_to_resume(recipe)
 
 
 def test_sigterm_saves_and_exits_cleanly(whole, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from mosaic_tools import tokenization
@@ -33,6 +34,20 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "vocab_size": 150,
+}
+# Epochs of four steps, dropout, two micro-batches a step, a checkpoint every three steps.
+RUN = SIZES | {
+    "train_file": "text.txt",
+    "validation_split": 20,
+    "max_seq_length": 16,
+    "global_batch_size": 16,
+    "per_device_train_batch_size": 8,
+    "max_steps": 30,
+    "learning_rate": 3e-3,
+    "cpu_threads": 1,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "output_dir": "out",
 }
 ACCELERATE = ["-m", "accelerate.commands.launch"]
 DOCUMENTS = [
@@ -62,6 +77,41 @@ def run(cwd: Path, *words, fails=False) -> str:
     return output
 
 
+def start(cwd: Path, *words) -> subprocess.Popen:
+    """`run`, which goes on while the test does."""
+    return subprocess.Popen(
+        **command_of(cwd, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until(condition, process):
+    """Looks as often as it can, so as not to miss what lasts milliseconds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(2e-4)
+
+
+def train_here(folder: Path, words: list):
+    """train_mlm.py in this process and folder; what it says is in said.txt there."""
+    import train_mlm
+
+    os.chdir(folder)
+    with open("said.txt", "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = [str(word) for word in words]
+    train_mlm.main()
+
+
+def arguments(whole: Path, **values) -> list:
+    """Words of RUN with these flags, on the text in `whole` and with the tokenizer of the run
+    there."""
+    same = {"train_file": whole / "text.txt", "tokenizer_name": whole / "out"}
+    return [ROOT / "train_mlm.py", *flags(**RUN | same | values)]
+
+
 def write_vocab(file: Path, *words: str, entries: int = 0) -> Path:
     """BERT's vocab.txt: the special tokens, these words, and w5, w6, ... up to so many entries."""
     tokens = [*tokenization.SPECIAL_TOKENS, *words]
@@ -75,12 +125,23 @@ def flags(**values) -> list[str]:
     return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
 
 
+RESUME = flags(resume_from_checkpoint="last")
+
+
 def read_json(*path):
     return json.loads(Path(*path).read_text())
 
 
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step that a run logged, each once."""
+    entries = read_log(folder)
+    by_step = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    assert len(by_step) == sum("loss" in entry for entry in entries), "a step is logged twice"
+    return by_step
 
 
 def trained_tokenizer(**values):
