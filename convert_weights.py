@@ -41,7 +41,7 @@ from mosaic_tools.family import (
     model_class,
     our_config,
 )
-from mosaic_tools.files import check_folder
+from mosaic_tools.files import check_folder, writing
 from mosaic_tools.layouts import from_ours, to_ours
 from mosaic_tools.publishing import check_repo_id, publish, remove_derived, write_pooling
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
@@ -187,6 +187,7 @@ def convert(
     Raises:
         ValueError: the source cannot be read, holds nan or infinity, its tensors and its config do
             not fit each other, or the layout has no place for them.
+        OSError: as `writing`.
     """
     path = fetch(source)
     found, tensors = to_ours(read_tensors(path))
@@ -199,13 +200,6 @@ def convert(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
 
-    if layout == "jina":
-        save_jina(model, auto_class, folder, tokenizer)
-    else:
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        make_tokenizer_portable(folder, config.alibi_starting_size)
     absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
     is_local = Path(source).exists()
     facts = {
@@ -223,14 +217,17 @@ def convert(
     if "license" in (given or {}):
         # With its name and link.
         about = {name: x for name, x in about.items() if not name.startswith("license")}
-    write_card(
-        folder,
-        name or Path(source).name,
-        SUMMARY,
-        facts,
-        base_model=None if is_local else source,
-        **about | (given or {}),
-    )
+    about |= {"base_model": None if is_local else source} | (given or {})
+    name = name or Path(source).name
+    with writing(name):
+        if layout == "jina":
+            save_jina(model, auto_class, folder, tokenizer)
+        else:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            make_tokenizer_portable(folder, config.alibi_starting_size)
+        write_card(folder, name, SUMMARY, facts, **about)
     print(f"{source}: {found} layout, {len(tensors)} tensors, loads with {auto_class}")
     print(f"Not in the source: {absent}")
 

@@ -24,6 +24,7 @@ from transformers import DataCollatorWithPadding, set_seed
 
 from mosaic_tools.callbacks import LogFile
 from mosaic_tools.cards import about_weights, write_card
+from mosaic_tools.checkpoints import saving
 from mosaic_tools.classifiers import (
     ClassifierArguments,
     build_classifier,
@@ -107,12 +108,13 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
         "kept": run.keep,
         "settings": run.settings,
     }
-    if run.keep:
-        trainer.save_model()
-    if trainer.is_world_process_zero():
+    with saving("the result", args):
         if run.keep:
-            write_task_card(run, task, found, args, model_args)
-        write_json(run.folder / RESULT, result)
+            trainer.save_model()
+        if trainer.is_world_process_zero():
+            if run.keep:
+                write_task_card(run, task, found, args, model_args)
+            write_json(run.folder / RESULT, result)
 
 
 def write_task_card(run: Run, task: Task, found: dict, args, model_args):
@@ -142,6 +144,13 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args):
         eval_results=eval_results(run.name, task, found),
         **about_weights(args.license, args.language),
     )
+
+
+def write_results(args: FinetuneArguments, record: dict):
+    """results.json, of all that output_dir has."""
+    folder = Path(args.output_dir)
+    with saving(RESULTS, args):
+        write_json(folder / RESULTS, record | {"tasks": collect(folder)})
 
 
 def main(argv: list[str]):
@@ -183,13 +192,13 @@ def main(argv: list[str]):
         if main_process and run is runs[0]:
             for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
                 file.unlink()
-            write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+            write_results(args, record)
         finetune(run, task, model, rows, tokenizer, model_args, run_args)
         del model, rows
         gc.collect()
         torch.cuda.empty_cache()
         if main_process:
-            write_json(folder / RESULTS, record | {"tasks": collect(folder)})
+            write_results(args, record)
     if main_process:
         print(f"\n{table(collect(folder))}\n\n{folder / RESULTS}")
         if args.publish_to:

@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from mosaic_tools.callbacks import OF_EMBEDDINGS, draw_training
 from mosaic_tools.cards import about_weights, write_card
-from mosaic_tools.checkpoints import checkpoint_to_resume
+from mosaic_tools.checkpoints import checkpoint_to_resume, saving
 from mosaic_tools.devices import (
     attention_backend,
     leave_group,
@@ -115,6 +115,25 @@ def eval_results(metrics: dict[str, float], data: PairArguments, when: str) -> l
     ]
 
 
+def report(trainer, facts: dict[str, str], found: dict[str, dict[str, float]], model_args, data):
+    """Writes the picture and the model card, of what was found before and after training."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    name, dataset = folder.resolve().name, hub_id(data.dataset_name)
+    draw_training(trainer.state.log_history, folder / "training.png", name, OF_EMBEDDINGS)
+    write_card(
+        folder,
+        name,
+        "Embeddings of texts, trained contrastively by train_embeddings.py and evaluated on pairs "
+        "that were held out.\n\n![Loss and held-out figures](training.png)",
+        facts,
+        base_model=hub_id(model_args.model_name_or_path),
+        datasets=[dataset] if dataset else None,
+        eval_results=eval_results(found["after training"], data, "after training")
+        + eval_results(found["before"], data, "before training"),
+        **about_weights(args.license, args.language),
+    )
+
+
 def main():
     prepare_environment()
     groups = (EmbedderArguments, PairArguments, EmbeddingArguments)
@@ -144,31 +163,18 @@ def main():
     if not train_and_save(trainer, facts, checkpoint):
         return
     after = trainer.evaluate()
-    trainer.save_metrics("eval", after)
+    found = {"after training": after}
     if trainer.is_world_process_zero():
-        before = next(x for x in trainer.state.log_history if "eval_runtime" in x)
-        found = {"after training": after, "before": before}
+        found["before"] = next(x for x in trainer.state.log_history if "eval_runtime" in x)
         found |= baselines(embedder, evaluator, args.seed)
-        results = figures(found, dims)
-        for name, value in results.items():
+        for name, value in figures(found, dims).items():
             print(f"{name}: {value}")
-        folder = Path(args.output_dir)
-        name, dataset = folder.resolve().name, hub_id(data.dataset_name)
-        draw_training(trainer.state.log_history, folder / "training.png", name, OF_EMBEDDINGS)
-        write_card(
-            folder,
-            name,
-            "Embeddings of texts, trained contrastively by train_embeddings.py and evaluated on "
-            "pairs that were held out.\n\n![Loss and held-out figures](training.png)",
-            facts | results,
-            base_model=hub_id(model_args.model_name_or_path),
-            datasets=[dataset] if dataset else None,
-            eval_results=eval_results(after, data, "after training")
-            + eval_results(before, data, "before training"),
-            **about_weights(args.license, args.language),
-        )
-        if args.publish_to:
-            print(publish(folder, args.publish_to, args.private, args.revision))
+    with saving("the report", args):
+        trainer.save_metrics("eval", after, combined=False)
+        if trainer.is_world_process_zero():
+            report(trainer, facts | figures(found, dims), found, model_args, data)
+    if trainer.is_world_process_zero() and args.publish_to:
+        print(publish(Path(args.output_dir), args.publish_to, args.private, args.revision))
 
 
 if __name__ == "__main__":

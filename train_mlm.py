@@ -20,7 +20,7 @@ from transformers import Trainer, set_seed
 
 from mosaic_tools.callbacks import draw_training
 from mosaic_tools.cards import about_weights, write_card
-from mosaic_tools.checkpoints import checkpoint_to_resume
+from mosaic_tools.checkpoints import checkpoint_to_resume, saving
 from mosaic_tools.devices import (
     attention_backend,
     leave_group,
@@ -89,6 +89,27 @@ def eval_results(metrics: dict[str, float], data: DataArguments) -> list[EvalRes
     ]
 
 
+def report(trainer: Trainer, facts: dict[str, str], metrics: dict[str, float], model_args, data):
+    """Writes the picture and the model card."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    name, dataset = folder.resolve().name, hub_id(data.dataset_name)
+    draw_training(trainer.state.log_history, folder / "training.png", name)
+    kind = "A BERT encoder"
+    if is_ours(trainer.model.config):
+        kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
+    write_card(
+        folder,
+        name,
+        f"{kind}, pre-trained by train_mlm.py and evaluated on documents that it had not seen.\n\n"
+        "![Loss, masked accuracy, learning rate and tokens per second](training.png)",
+        facts,
+        base_model=hub_id(model_args.model_name_or_path),
+        datasets=[dataset] if dataset else None,
+        eval_results=eval_results(metrics, data),
+        **about_weights(args.license, args.language),
+    )
+
+
 def main():
     prepare_environment()
     model_args, tokenizer_args, data_args, args = parse(sys.argv[1:])
@@ -114,28 +135,13 @@ def main():
     with reading_rows(args.output_dir):
         metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        draw_training(trainer.state.log_history, folder / "training.png", folder.resolve().name)
-        kind = "A BERT encoder"
-        if is_ours(model.config):
-            kind = "A MosaicBERT encoder (ALiBi, gated MLPs, no padding inside)"
-        dataset = hub_id(data_args.dataset_name)
-        write_card(
-            folder,
-            folder.resolve().name,
-            f"{kind}, pre-trained by train_mlm.py and evaluated on documents that it had not "
-            "seen.\n\n"
-            "![Loss, masked accuracy, learning rate and tokens per second](training.png)",
-            facts | figures(metrics),
-            base_model=hub_id(model_args.model_name_or_path),
-            datasets=[dataset] if dataset else None,
-            eval_results=eval_results(metrics, data_args),
-            **about_weights(args.license, args.language),
-        )
-        if args.publish_to:
-            print(publish(folder, args.publish_to, args.private, args.revision))
+    with saving("the report", args):
+        # Not into all_results.json, which a full disk may have torn, and Trainer would read first.
+        trainer.save_metrics("eval", metrics, combined=False)
+        if trainer.is_world_process_zero():
+            report(trainer, facts | figures(metrics), metrics, model_args, data_args)
+    if trainer.is_world_process_zero() and args.publish_to:
+        print(publish(Path(args.output_dir), args.publish_to, args.private, args.revision))
 
 
 if __name__ == "__main__":

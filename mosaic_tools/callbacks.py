@@ -12,6 +12,8 @@ import torch.distributed
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mosaic_tools.checkpoints import saving
+
 # Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name. The first match counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 
@@ -181,9 +183,10 @@ class LogFile(TrainerCallback):
     @staticmethod
     def write(args, entries, mode):
         if args.process_index == 0:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with open(Path(args.output_dir, "log.jsonl"), mode) as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            with saving("log.jsonl", args):
+                os.makedirs(args.output_dir, exist_ok=True)
+                with open(Path(args.output_dir, "log.jsonl"), mode) as file:
+                    file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 # What pictures show: keys of the log by the label of their panel, and what keys with company are.

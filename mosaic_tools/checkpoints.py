@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch.distributed
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from mosaic_tools.files import check_folder, read_json
@@ -17,16 +16,17 @@ COMPLETE = "complete.json"
 
 
 @contextlib.contextmanager
-def saving(what: str, output_dir: str | Path):
-    """Says what is intact when writing fails, be it for a full disk."""
+def saving(what: str, args: RecipeArguments):
+    """OSError: writing fails, be it for a full disk; it says what is intact and how to go on."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        checkpoint, _ = newest_checkpoint(Path(output_dir))
+    # tokenizers raises no kind of its own.
+    except Exception as error:
+        checkpoint, _ = newest_checkpoint(Path(args.output_dir))
+        intact = f"The last complete checkpoint is {checkpoint}. " if checkpoint else ""
         raise OSError(
-            f"{what} could not be written to {output_dir}: {error}. The last complete checkpoint: "
-            f"{checkpoint or 'none'}. Make room, then repeat the command with "
-            "--resume_from_checkpoint last"
+            f"{what} could not be written to {args.output_dir}: {error}. {intact}Make room, then "
+            f"repeat the command{args.GO_ON}"
         ) from error
 
 
@@ -42,7 +42,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, train_dataloader=None, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        with saving(folder.name, args.output_dir):
+        with saving(folder.name, args):
             if self.streams:
                 loader = train_dataloader
                 place = {"shared by": (args.world_size, loader.num_workers)}

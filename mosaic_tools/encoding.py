@@ -5,6 +5,7 @@ writes."""
 import bisect
 import functools
 import json
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mosaic_tools.corpus import column_names, is_stream, load_documents, parallel
-from mosaic_tools.files import check_folder
+from mosaic_tools.files import check_folder, writing
 from mosaic_tools.recipe import DataArguments, TokenizerArguments
 from mosaic_tools.tokenization import (
     BLOCK,
@@ -141,12 +142,9 @@ def save_prepared(folder: Path, train, validation, tokenizer, args: DataArgument
 
     Raises:
         ValueError: as `check_new`.
+        OSError: as `writing`.
     """
     check_new(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
-    tokenizer.save_pretrained(partial)
-    make_tokenizer_portable(partial, args.max_seq_length)
     facts = {
         "source": args.source(),
         "max_seq_length": args.max_seq_length,
@@ -154,8 +152,17 @@ def save_prepared(folder: Path, train, validation, tokenizer, args: DataArgument
         "train": size(train),
         "validation": size(validation),
     }
-    Path(partial, "prepared.json").write_text(json.dumps(facts, indent=2) + "\n")
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        writing(f"prepared_data {folder}"),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary,
+    ):
+        partial = Path(temporary, folder.name)
+        datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
+        tokenizer.save_pretrained(partial)
+        make_tokenizer_portable(partial, args.max_seq_length)
+        Path(partial, "prepared.json").write_text(json.dumps(facts, indent=2) + "\n")
+        partial.rename(folder)
     return facts
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of files and folders: nothing read from a checkpoint's folder may lead out of it, and what
-is written needs a folder."""
+is written needs a folder, and room."""
 
+import contextlib
 import json
 from pathlib import Path, PureWindowsPath
 
@@ -32,6 +33,21 @@ def check_folder(path: str | Path):
     path = Path(path)
     if file := next((x for x in (path, *path.parents) if x.is_file()), None):
         raise ValueError(f"{file} is a file, expected a folder to write to: choose another")
+
+
+@contextlib.contextmanager
+def writing(what: str):
+    """For what is written to a temporary folder. OSError: writing fails, be it for a full disk."""
+    try:
+        yield
+    except ValueError:
+        raise
+    # safetensors and tokenizers raise no OSError.
+    except Exception as error:
+        raise OSError(
+            f"{what} could not be written: {error}. Nothing is left of it: make room, then repeat "
+            "the command"
+        ) from error
 
 
 def listed_shards(index: Path) -> list[Path]:

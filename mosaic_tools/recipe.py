@@ -235,6 +235,9 @@ class RecipeArguments(TrainingArguments):
     # Rows hold what the collator needs, which are no arguments of the model.
     remove_unused_columns: bool = False
 
+    # After an error, of what the command line needs more than before.
+    GO_ON = " with --resume_from_checkpoint last"
+
     def __post_init__(self):
         self.check_numbers()
         if not 0 <= self.warmup_ratio <= 1:

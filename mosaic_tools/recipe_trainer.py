@@ -4,7 +4,7 @@
 import contextlib
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from mosaic_tools.checkpoints import (
     COMPLETE,
@@ -26,7 +26,7 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         name = f"checkpoint-{self.state.global_step}"
-        with saving(name, self.args.output_dir):
+        with saving(name, self.args):
             # Written again, it is not complete until it is.
             if self.is_world_process_zero():
                 Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
@@ -70,6 +70,18 @@ def reading_rows(output_dir: str | Path):
         ) from error
 
 
+class NothingLeft(Exception):
+    """All steps are taken."""
+
+
+class StopBeforeTooMany(TrainerCallback):
+    """For a run that is resumed after its last step: within an epoch Trainer would take another."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+
 def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: str | None) -> bool:
     """Says what is about to run, trains, and saves the model.
 
@@ -87,7 +99,11 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
     if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
         say(f"{change}: --bf16 true or false chooses")
     with reading_rows(args.output_dir):
+        trainer.add_callback(StopBeforeTooMany())
+    try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except NothingLeft:
+        trainer.is_in_train = False
     # A resumed run has a state of its own.
     state = trainer.state
     if trainer.sigterm.stopped and state.global_step < state.max_steps:
@@ -96,7 +112,7 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
             "command with --resume_from_checkpoint last"
         )
         return False
-    with saving("the model", args.output_dir):
+    with saving("the model", args):
         trainer.save_model()
     return True
 

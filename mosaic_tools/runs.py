@@ -32,6 +32,8 @@ class FinetuneArguments(RecipeArguments):
     save_all_seeds: bool = option(False, "keep the model of every seed, not of the first only")
     save_strategy: str = "no"
 
+    GO_ON = ": what is finished is kept"
+
     def __post_init__(self):
         super().__post_init__()
         if wrong := [x for x in self.seeds or [] if not 0 <= x < 2**32]:

@@ -67,9 +67,10 @@ def load_tokenizer(name: str | Path, lowercase: bool | None = None):
 
 
 def make_tokenizer_portable(folder: str | Path, max_length: int, token_types: bool = True):
-    """Lets transformers 4 and 5 load a saved tokenizer alike.
+    """Lets transformers 4 and 5, and what reads tokenizer.json alone, load a saved tokenizer alike.
 
     transformers 5 writes a class that 4 does not have, and 5.0 omits token types unless asked.
+    tokenizer.json keeps how the last texts were cut and padded, if there were any.
 
     Args:
         max_length: where `truncation=True` cuts, in tokens.
@@ -83,6 +84,12 @@ def make_tokenizer_portable(folder: str | Path, max_length: int, token_types: bo
     types = ["token_type_ids"] if token_types else []
     settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n")
+    file = Path(folder, "tokenizer.json")
+    if file.exists():
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.save(str(file))
 
 
 def largest_id(tokenizer) -> int:

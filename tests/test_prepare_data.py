@@ -163,6 +163,9 @@ def test_a_prepared_folder_holds_what_training_would_have_made(tmp_path, packed,
     facts = json.loads((tmp_path / "rows" / "prepared.json").read_text())
     tokens = sum(map(len, train["input_ids"]))
     assert facts["train"] == f"{len(train)} rows, {tokens} tokens" == encoding.size(train)
+    # Others cut and pad by it, whether rows were encoded just now or had been before.
+    written = json.loads((tmp_path / "rows" / "tokenizer.json").read_text())
+    assert written["truncation"] is None and written["padding"] is None
 
     with pytest.raises(ValueError, match="rows is there already: choose another name"):
         prepare_data.main()

@@ -21,6 +21,7 @@ from training import ACCELERATE, ROOT, flags, read_json, read_log, run
 import convert_weights
 import train_embeddings
 from mosaic_tools.callbacks import StopOnSigterm
+from mosaic_tools.checkpoints import newest_checkpoint
 from mosaic_tools.embedding_trainer import build_evaluator
 
 pytest_plugins = ["finetuning", "hub"]
@@ -185,6 +186,12 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(golden, tmp_path, monke
     assert all(torch.equal(found[x], y) for x, y in expected.items())
     before = [x for x in read_log(out) if "eval_cosine_ndcg@10" in x]
     assert [x["step"] for x in before] == [0, 11]
+
+    # Once more, as after an error in what follows the last step: Trainer would take another.
+    train(monkeypatch, *words, **values, resume_from_checkpoint="last")
+    assert newest_checkpoint(out)[0].name == "checkpoint-11" and losses(out) == losses(whole)
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[x], y) for x, y in expected.items())
 
 
 def test_sigterm_saves_and_ends(golden, tmp_path, monkeypatch, capsys):
