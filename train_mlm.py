@@ -132,7 +132,7 @@ def main():
     facts = describe(trainer, data_args)
     if not train_and_save(trainer, facts, checkpoint):
         return
-    with reading_rows(args.output_dir):
+    with reading_rows(args):
         metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     with saving("the report", args):

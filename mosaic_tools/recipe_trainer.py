@@ -50,24 +50,30 @@ class RecipeTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def reading_rows(output_dir: str | Path):
-    """Says what is intact when a process of the DataLoader dies.
-
-    torch raises it wherever this process happens to be, so that it may come out of a save as well.
-    """
+def reading_rows(args):
+    """RuntimeError: a loader's worker died; it says what is intact and how to go on."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        death = error if isinstance(error, RuntimeError) else error.__cause__
-        if "DataLoader worker" not in str(death):
+    except (RuntimeError, OSError, EOFError) as error:
+        # torch raises in whatever this process does at that moment, be it a save.
+        deaths = [x for x in (error.__cause__, error) if tells_of_a_death(x)]
+        if not (deaths and args.dataloader_num_workers):
             raise
-        checkpoint, _ = newest_checkpoint(Path(output_dir))
+        checkpoint, _ = newest_checkpoint(Path(args.output_dir))
         raise RuntimeError(
-            f"a process that loads rows died: {str(death).rstrip(' .')}. The last complete "
+            f"a process that loads rows died: {str(deaths[0]).rstrip(' .')}. The last complete "
             f"checkpoint: {checkpoint or 'none'}. Repeat the command with --resume_from_checkpoint "
             "last; where memory was short, with fewer --dataloader_num_workers (a stream keeps "
             "their number)"
         ) from error
+
+
+def tells_of_a_death(error: Exception | None) -> bool:
+    """Whether it means that a worker is gone. torch says so by its pid, unless it was just reading
+    from it. An error inside a worker names the worker too, but ends as what it is."""
+    inside = "DataLoader worker process" in str(error)
+    cut_off = isinstance(error, (ConnectionError, EOFError)) and not inside
+    return cut_off or "DataLoader worker (pid" in str(error)
 
 
 class NothingLeft(Exception):
@@ -98,10 +104,10 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
         say(f"{name}: {value}")
     if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
         say(f"{change}: --bf16 true or false chooses")
-    with reading_rows(args.output_dir):
-        trainer.add_callback(StopBeforeTooMany())
+    trainer.add_callback(StopBeforeTooMany())
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with reading_rows(args):
+            trainer.train(resume_from_checkpoint=checkpoint)
     except NothingLeft:
         trainer.is_in_train = False
     # A resumed run has a state of its own.

@@ -30,6 +30,7 @@ from transformers import Trainer
 import train_mlm
 from mosaic_tools import mlm_trainer
 from mosaic_tools.checkpoints import checkpoint_to_resume, newest_checkpoint
+from mosaic_tools.masking import MaskingCollator
 from mosaic_tools.publishing import files_to_upload
 from mosaic_tools.recipe import RecipeArguments
 
@@ -232,6 +233,27 @@ def test_a_full_disk_is_an_error_that_says_what_is_intact(train, tmp_path):
     with pytest.raises(OSError, match="checkpoint-6 could not be written.*checkpoint-3.*Make room"):
         train(overwrite=True)
     assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-3"
+
+
+def test_a_worker_that_dies_while_it_is_read_from_is_named_too(train, monkeypatch):
+    """It was a bare ConnectionResetError."""
+
+    def cut_off(*args):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", cut_off)
+    with pytest.raises(RuntimeError, match="loads rows died: .*reset by peer.*checkpoint: none"):
+        train(dataloader_num_workers=1)
+
+
+def test_an_error_inside_a_worker_stays_what_it_is(train, monkeypatch):
+    def strange(*args):
+        raise RuntimeError("a strange row")
+
+    monkeypatch.setattr(MaskingCollator, "mask", strange)
+    with pytest.raises(RuntimeError, match="a strange row") as e:
+        train(dataloader_num_workers=1)
+    assert "died" not in str(e.value)
 
 
 @pytest.mark.parametrize("busy", ["training_step", "_save_checkpoint", "prediction_step"])
