@@ -60,8 +60,10 @@ def reading_rows(args):
         if not (deaths and args.dataloader_num_workers):
             raise
         checkpoint, _ = newest_checkpoint(Path(args.output_dir))
+        # An EOFError says nothing.
+        reason = str(deaths[0]).rstrip(" .") or type(deaths[0]).__name__
         raise RuntimeError(
-            f"a process that loads rows died: {str(deaths[0]).rstrip(' .')}. The last complete "
+            f"a process that loads rows died: {reason}. The last complete "
             f"checkpoint: {checkpoint or 'none'}. Repeat the command with --resume_from_checkpoint "
             "last; where memory was short, with fewer --dataloader_num_workers (a stream keeps "
             "their number)"
