@@ -113,6 +113,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast off, where it is on: to switch it off is a node in a traced graph."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
 # ---- attention backends ----
 # (qkv, slopes, batch, dropout_p) -> context, attention probabilities or None, with
 # qkv (total, 3, heads, head_dim), context (total, heads, head_dim), and slopes (heads,) float32, or
@@ -120,7 +126,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The reference: scores, bias and probabilities are dense, softmax is in float32 at least.
+    """The reference: scores, bias and probabilities are dense, the first two in float32 at least.
 
     Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
     """
@@ -138,8 +144,10 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
 
     bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
-    # Scaled before the product, which would leave half precision's range sooner.
-    scores = at_least_float32(query * qkv.shape[-1] ** -0.5 @ key.transpose(-1, -2)) + bias
+    # In half precision softmax would take large scores for others, and fp16 has none over 65,504.
+    with without_autocast(qkv.device):
+        query, key = at_least_float32(query) * qkv.shape[-1] ** -0.5, at_least_float32(key)
+        scores = query @ key.transpose(-1, -2) + bias
     scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
     probs = F.dropout(probs, dropout_p).to(qkv.dtype)

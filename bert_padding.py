@@ -122,8 +122,9 @@ def pack_batch(
             found too.
 
     Raises:
-        ValueError: a shape does not fit, there are no columns, the mask holds other values than 0
-            and 1, or position_ids do not increase.
+        ValueError: a shape does not fit, there are no columns, or 2**31 places and more; the mask
+            holds other values than 0 and 1; position_ids do not increase, are no whole numbers, or
+            leave a gap that int32 cannot hold.
     """
     batch, seqlen = tokens.shape[:2]
     check_shape("attention_mask", attention_mask, (batch, seqlen))
@@ -134,6 +135,8 @@ def pack_batch(
     if tracing() or is_abstract(tokens):
         rows = _mark_sequences(tokens, attention_mask, position_ids)
         return PackedBatch(batch, seqlen, None, None, seqlen, rows=rows)
+    if batch * seqlen >= 2**31:
+        raise ValueError(f"the batch has {batch * seqlen:,} places, int32 counts fewer: split it")
     if attention_mask is None and position_ids is None and labels is None:
         cu_seqlens = seqlen * torch.arange(batch + 1, dtype=torch.int32, device=tokens.device)
         return PackedBatch(batch, seqlen, None, cu_seqlens, seqlen)
@@ -313,7 +316,12 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     max_seqlen = int(cu_seqlens.diff().max()) if total else 0
     # Distances equal index distances unless the mask has holes or position_ids leave gaps.
     first_of_token = first[starts.cumsum(0) - 1]
-    positions = (ids - ids[first_of_token]).int()
+    distances = ids - ids[first_of_token]
+    positions = distances.int()
+    if position_ids is not None and (positions != distances).any():
+        raise ValueError(
+            "position_ids must be whole numbers, at most 2**31 - 1 apart within a sequence"
+        )
     if torch.equal(positions, (torch.arange(total, device=tokens.device) - first_of_token).int()):
         positions = None
     labelled = None if labels is None else (labels.flatten()[indices] != -100).nonzero().squeeze(1)
