@@ -2,6 +2,7 @@
 """Documents: read from files, the Hub or shards, without blank ones, split into training and held
 out."""
 
+import functools
 import glob
 import json
 import os
@@ -121,22 +122,26 @@ def with_text(documents, column: str):
         there = ", ".join(columns) or "none, it is empty"
         raise ValueError(f"--text_column {column} is not in the data; its columns: {there}")
 
-    def has_text(texts):
-        return [isinstance(text, str) and text.strip() != "" for text in texts]
-
     return documents.filter(has_text, batched=True, input_columns=column, **parallel(documents))
+
+
+# Loader workers that are not forked get a stream's functions by name: none is a local one.
+def has_text(texts) -> list[bool]:
+    return [isinstance(text, str) and text.strip() != "" for text in texts]
 
 
 def split(documents, column: str, percent: float):
     """(training, held-out) documents; equal ones land on the same side, also in a stream."""
 
     def part(wanted):
-        def choose(texts):
-            return [held_out(text, percent) == wanted for text in texts]
-
+        choose = functools.partial(on_side, percent=percent, wanted=wanted)
         return documents.filter(choose, batched=True, input_columns=column, **parallel(documents))
 
     return part(False), part(True)
+
+
+def on_side(texts, percent: float, wanted: bool) -> list[bool]:
+    return [held_out(text, percent) == wanted for text in texts]
 
 
 def first_rows(documents, count: int):

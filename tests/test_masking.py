@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import pickle
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training import DOCUMENTS, trained_tokenizer
 
 from mosaic_tools import tokenization
+from mosaic_tools.corpus import load_documents
 from mosaic_tools.encoding import encode
 from mosaic_tools.masking import EndlessStream, MaskingCollator
 from mosaic_tools.recipe import DataArguments
@@ -127,6 +129,17 @@ def loader_of(stream, workers, batch_size=6):
     return StatefulDataLoader(
         stream, batch_size=batch_size, num_workers=workers, collate_fn=lambda rows: rows
     )
+
+
+def test_a_stream_goes_to_workers_that_are_not_forked(tmp_path):
+    """As on macOS, and from Python 3.14 on: "Can't pickle local object"."""
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    args = DataArguments(train_file=[str(tmp_path / "text.txt")], streaming=True)
+    documents, _ = load_documents(args)
+    stream = EndlessStream(encode(documents, args, trained_tokenizer()))
+    sent = pickle.loads(pickle.dumps(stream))
+    first, expected = (list(itertools.islice(rows, 5)) for rows in (sent, stream))
+    assert first == expected and len(first) == 5
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["cut", "packed"])
