@@ -64,7 +64,7 @@ inputs = tokenizer(["A sentence.", "And a longer one."], padding=True, return_te
 with torch.no_grad():
     hidden = model(**inputs).last_hidden_state
 mask = inputs["attention_mask"].unsqueeze(-1)
-embeddings = (hidden * mask).sum(1) / mask.sum(1)
+embeddings = (hidden.float() * mask).sum(1) / mask.sum(1)
 print(embeddings.shape)
 ```"""
 EXAMPLE_OF_RETRIEVAL = """\

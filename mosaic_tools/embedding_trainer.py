@@ -472,8 +472,8 @@ def weighted(samplers: list, weights: list[float]) -> list[Share]:
 
 class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
     """sentence-transformers' Trainer with the habits of this package's: the recipe's weight decay,
-    checkpoints that are known to be whole, a stop on SIGTERM, log.jsonl, folders as
-    `save_modules` writes them."""
+    checkpoints that are known to be whole, a stop on SIGTERM and on a loss that is not finite,
+    log.jsonl, folders as `save_modules` writes them."""
 
     def __init__(self, embedder, args: EmbeddingArguments, train: dict, **kwargs):
         self.sigterm = StopOnSigterm()
@@ -496,6 +496,16 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
         # Where batches are split, accelerate tells the epoch to this one only.
         sampler.sampler = Epoch(sampler, *batch_samplers)
         return sampler
+
+    def log(self, logs, *args, **kwargs):
+        """Stops where the loss, or at the end of training the mean of all, is not finite."""
+        super().log(logs, *args, **kwargs)
+        loss = logs.get("loss", logs.get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"stopped in step {self.state.global_step}: the loss is {loss}. Try a lower "
+                "--learning_rate or a longer --warmup_ratio; in fp16 also --bf16 true"
+            )
 
     def add_model_card_callback(self, default_args_dict):
         """The card is cards.py's."""

@@ -145,7 +145,7 @@ def metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if not np.isfinite(predictions).all():
         raise FloatingPointError(
             "the model's outputs are not finite, the training has diverged: try a lower "
-            "--learning_rate or --max_grad_norm 1"
+            "--learning_rate or --max_grad_norm 1; in fp16 also --bf16 true"
         )
     if predictions.shape[1] == 1:
         values = predictions[:, 0]

@@ -209,7 +209,7 @@ class MlmTrainer(RecipeTrainer):
         raise FloatingPointError(
             f"stopped in step {step}: {reason}. Its batch {where}; the last complete "
             f"checkpoint: {checkpoint or 'none'}. Try a lower --learning_rate, a longer "
-            "--warmup_ratio or --max_grad_norm 1"
+            "--warmup_ratio or --max_grad_norm 1; in fp16 also --bf16 true"
         )
 
     def _save_checkpoint(self, *args, **kwargs):

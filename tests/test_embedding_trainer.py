@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from conftest import run_python
-from embeddings import PAIRS, RUN, SCORED
+from embeddings import PAIRS, RUN, SCORED, train, write_data
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Pooling
 from sentence_transformers.sentence_transformer.losses import (
@@ -358,3 +358,13 @@ def test_several_processes_have_no_smaller_last_batch(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="dataloader_drop_last false: .* to 2 processes"):
         EmbeddingArguments(output_dir=str(tmp_path), dataloader_drop_last=False)
     assert EmbeddingArguments(output_dir=str(tmp_path)).dataloader_drop_last
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(golden, tmp_path, monkeypatch, logging_steps):
+    """It trained on, and wrote a model of nan with a card that gave it an nDCG@10 of 0.55; and so
+    where no step is logged."""
+    values = write_data(tmp_path) | {"learning_rate": 1e30, "max_grad_norm": 0}
+    with pytest.raises(FloatingPointError, match="the loss is nan. Try a lower --learning_rate"):
+        train(monkeypatch, model=golden, logging_steps=logging_steps, max_steps=3, **values)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
