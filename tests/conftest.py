@@ -57,14 +57,18 @@ pytest.register_assert_rewrite("embeddings", "finetuning", "hub", "training")
 
 from safetensors.torch import load_file  # noqa: E402
 
+from mosaic_bert.bert_layers import triton_varlen_attention  # noqa: E402
+
 # Where each attention backend runs. On a CPU, triton is its interpreter, which a machine with a GPU
 # does not use.
-CPU_BACKENDS = ["eager", "sdpa"] + ["triton"] * (not torch.cuda.is_available())
+HAS_TRITON = triton_varlen_attention is not None
+CPU_BACKENDS = ["eager", "sdpa"] + ["triton"] * (HAS_TRITON and not torch.cuda.is_available())
 PLACES = [pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in CPU_BACKENDS] + [
     pytest.param(backend, "cuda", id=f"{backend}-cuda", marks=pytest.mark.gpu)
     for backend in ("eager", "sdpa", "triton")
 ]
 on_every_backend = pytest.mark.parametrize("backend, device", PLACES)
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 MODEL_FILES = ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
 

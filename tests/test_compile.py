@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, to
+from conftest import ROOT, needs_triton, to
 from models import HEADS, close, collate, make, make_batch, make_labels
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
@@ -83,6 +83,7 @@ def test_a_batch_packed_before_gives_what_a_mask_gives(handed_over, training):
 
 def test_trainer_takes_a_batch_packed_before_as_a_dict(tmp_path):
     """It rebuilds every tuple from one iterable, which a NamedTuple refuses."""
+    pytest.importorskip("accelerate")
     losses = []
     for packed in (True, False):
 
@@ -145,6 +146,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
 )
 
 
+@needs_triton
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(7)], ids=str)
 def test_a_step_with_a_batch_packed_before_never_waits_for_the_device(monkeypatch, count):

@@ -4,6 +4,7 @@ or refused by an error that names the way that has them."""
 
 import pytest
 import torch
+from conftest import needs_triton
 from models import VOCAB, close, make, make_batch, make_labels
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -245,6 +246,7 @@ def test_eager_attention_has_second_derivatives():
     assert torch.autograd.gradgradcheck(attend, qkv)
 
 
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes Triton's interpreter")
 def test_the_triton_operator_has_no_second_derivative_and_says_so():
     qkv, slopes, batch = attention_inputs()

@@ -2,10 +2,12 @@
 """Loading, saving and reloading through transformers' own machinery, as a user of the Hub does."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 
-import accelerate
-import peft
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from conftest import MODEL_FILES, ROOT, load_golden, published_folder, run_pytho
 from models import make, make_batch, make_labels
 from safetensors.torch import save_file
 from training import write_vocab
+from transformers import dynamic_module_utils
 
 from mosaic_bert import bert_layers
 
@@ -129,10 +132,14 @@ def test_an_unknown_backend_is_refused_at_load(mosaic, backend):
         load("AutoModelForMaskedLM", mosaic, attn_implementation=backend)
 
 
-def test_dtype_and_device_map(mosaic, golden):
+def test_dtype(mosaic, golden):
     model = load("AutoModelForMaskedLM", mosaic, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(**golden[0]).logits.isfinite().all()
+
+
+def test_device_map(mosaic, golden):
+    pytest.importorskip("accelerate")
     assert_golden(load("AutoModelForMaskedLM", mosaic, device_map="auto"), golden)
 
 
@@ -261,6 +268,7 @@ def test_flattened_batches_equal_padded_ones(ours):
 @pytest.mark.parametrize("auto_class", ["AutoModelForMaskedLM", "AutoModelForTokenClassification"])
 def test_trainer_trains_and_evaluates_rows_of_any_length(ours, auto_class, tmp_path):
     """Published, evaluation met logits of other shapes in each batch, and failed."""
+    pytest.importorskip("accelerate")
     ids = [list(range(5, 5 + n)) for n in (3, 9, 1, 20)]
     rows = [{"input_ids": x, "attention_mask": [1] * len(x), "labels": [1] * len(x)} for x in ids]
 
@@ -298,6 +306,7 @@ def test_reads_longer_text_than_it_was_trained_on(mosaic):
 
 
 def test_lora_on_wqkv_trains_saves_and_merges(mosaic, golden, tmp_path):
+    peft = pytest.importorskip("peft")
     model = load("AutoModelForMaskedLM", mosaic)
     inputs, _ = golden
     before = model(**inputs).logits
@@ -323,6 +332,7 @@ def test_lora_on_wqkv_trains_saves_and_merges(mosaic, golden, tmp_path):
     ids=["LoRA", "single tokens"],
 )
 def test_adapters_of_embeddings_train(ours, options):
+    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(load("AutoModel", ours), peft.LoraConfig(**options))
     model(input_ids=torch.tensor([[7, 8, 9]])).pooler_output.square().sum().backward()
     trained = [name for name, x in model.named_parameters() if x.requires_grad]
@@ -332,6 +342,7 @@ def test_adapters_of_embeddings_train(ours, options):
 
 
 def test_weights_that_are_offloaded_are_fetched(mosaic, golden):
+    accelerate = pytest.importorskip("accelerate")
     model, inputs = load("AutoModelForMaskedLM", mosaic), {"input_ids": golden[0]["input_ids"]}
     expected = model(**inputs).logits
     assert torch.equal(
@@ -368,7 +379,70 @@ def test_folders_whose_names_are_not_ascii_load_side_by_side(ours, tmp_path):
     """Operators take ASCII names only: nothing could load them, and after that nothing compiled."""
     names = ["\u6a21\u578b", "\u5b57\u5178", "mod\u00e8le 1", "model"]
     folders = [shutil.copytree(ours, tmp_path / name) for name in names]
-    assert run_python(LOAD_AND_COMPILE, *folders).split() == ["True"] * len(names)
+    modules = str(tmp_path / "m\u00f3dulos y m\u00e1s")
+    out = run_python(LOAD_AND_COMPILE, *folders, HF_MODULES_CACHE=modules)
+    assert out.split() == ["True"] * len(names)
+
+
+# ---- caches ----
+
+# Root writes whatever the modes say, but not to a file system that is mounted for reading.
+MOUNT = 'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; shift; exec "$@"'
+FROM_READ_ONLY = """
+import os, torch, transformers
+for folder in ("mosaic_tiny", "changed"):
+    try:
+        model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+        print(tuple(model(torch.tensor([[1, 2, 3]])).pooler_output.shape))
+    except OSError as error:
+        print(os.strerror(error.errno))
+"""
+
+
+def test_what_was_loaded_once_loads_from_a_read_only_file_system(ours, tmp_path):
+    """transformers copies code that is new to it to the modules' cache, and cannot there."""
+    read_only = ["unshare", "-rm", "sh", "-ec", MOUNT, "sh", str(tmp_path)]
+    mounted = subprocess.run([*read_only, "true"], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounts are not allowed here: {mounted.stderr.strip()}")
+    load("AutoModel", ours)
+    shutil.copytree(dynamic_module_utils.HF_MODULES_CACHE, tmp_path / "HF_MODULES_CACHE")
+    for name in ("mosaic_tiny", "changed"):
+        shutil.copytree(ours, tmp_path / name)
+    with (tmp_path / "changed" / "bert_padding.py").open("a") as file:
+        file.write("# changed")
+    # Not TORCHINDUCTOR_CACHE_DIR: torch makes that folder when it is imported.
+    caches = ("HF_HOME", "HF_MODULES_CACHE", "TRITON_CACHE_DIR")
+    environment = os.environ | {name: str(tmp_path / name) for name in caches}
+    command = [*read_only, sys.executable, "-c", FROM_READ_ONLY]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(1, 96)", "Read-only file system"]
+
+
+def load_into(modules, folder, barrier, outcomes):
+    """What a process does: loads at the same moment as the others, and tells how it went."""
+    for module in (dynamic_module_utils, transformers.utils.hub):
+        module.HF_MODULES_CACHE = modules
+    barrier.wait()
+    try:
+        model = load("AutoModelForMaskedLM", folder)
+        outcomes.put(model(torch.tensor([[1, 2, 3]])).logits.shape)
+    except BaseException as error:
+        outcomes.put(error)
+
+
+def test_processes_load_at_once_into_an_empty_module_cache(ours, tmp_path):
+    context, count = multiprocessing.get_context("fork"), 4
+    for attempt in range(3):
+        barrier, outcomes = context.Barrier(count), context.Queue()
+        arguments = (str(tmp_path / str(attempt)), ours, barrier, outcomes)
+        processes = [context.Process(target=load_into, args=arguments) for _ in range(count)]
+        for process in processes:
+            process.start()
+        assert [outcomes.get(timeout=300) for _ in processes] == [(1, 3, 320)] * count
+        for process in processes:
+            process.join()
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

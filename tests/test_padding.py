@@ -5,7 +5,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from accelerate.utils import send_to_device
 
 from mosaic_bert.bert_padding import (
     PackedBatch,
@@ -97,6 +96,7 @@ def test_labelled_tokens_are_found_among_the_real_ones():
 
 def test_a_packed_batch_moves_to_a_device_with_its_numbers():
     """As accelerate moves what a loader yields."""
+    send_to_device = pytest.importorskip("accelerate.utils").send_to_device
     packed = pack_batch(torch.zeros(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
     for moved in (send_to_device(packed, "meta"), send_to_device(packed._asdict(), "meta")):
         moved = packed_before(moved, torch.zeros(2, 4), None, None)

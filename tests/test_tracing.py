@@ -4,7 +4,6 @@ torch.export. Padding stays in what they record, or lengths and masks of the rec
 
 import io
 
-import onnxruntime
 import pytest
 import torch
 from models import HEADS, close, collate, make, make_batch
@@ -54,6 +53,7 @@ def test_a_trace_reads_masks_and_shapes_that_it_was_not_recorded_with(cls, backe
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_onnx_exporter_built_on_traces_keeps_the_mask(cls):
     """It dropped the mask from the inputs, or baked the lengths in."""
+    onnxruntime = pytest.importorskip("onnxruntime")
     model, names, file = make(cls), list(BATCH), io.BytesIO()
     axes = {name: {0: "batch", 1: "seqlen"} for name in names}
     inputs = (RECORDED, torch.ones_like(RECORDED))

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from conftest import MODEL_FILES, ROOT, run_python
+from conftest import HAS_TRITON, MODEL_FILES, ROOT, run_python
 
 LIBRARIES = {"torch", "transformers", "triton", "flash_attn"}
 # What runs a text as code, or opens a file.
@@ -48,7 +48,7 @@ for name in ("triton", "triton.language", "transformers.initialization"):
     if importlib.util.find_spec(name.split(".")[0]):
         try:
             importlib.import_module(name)
-        except ImportError:
+        except Exception:
             pass
 package = types.ModuleType("mosaic_bert")
 package.__path__ = [sys.argv[1]]
@@ -70,7 +70,7 @@ print(json.dumps(events))
 
 
 def test_importing_the_model_opens_no_socket_and_writes_no_file():
-    modules = [x.removesuffix(".py") for x in MODEL_FILES]
+    modules = [x.removesuffix(".py") for x in MODEL_FILES if HAS_TRITON or "triton" not in x]
     events = json.loads(run_python(GUARDED, ROOT, *modules).splitlines()[-1])
     others = [x for x in events if x[0] != "open"]
     assert not others

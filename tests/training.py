@@ -9,8 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mosaic_tools import tokenization
-from mosaic_tools.recipe import TokenizerArguments
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,6 +113,10 @@ def arguments(whole: Path, **values) -> list:
 
 def write_vocab(file: Path, *words: str, entries: int = 0) -> Path:
     """BERT's vocab.txt: the special tokens, these words, and w5, w6, ... up to so many entries."""
+    # Not at the top: a model is tested without what the commands need.
+    pytest.importorskip("accelerate")
+    from mosaic_tools import tokenization
+
     tokens = [*tokenization.SPECIAL_TOKENS, *words]
     tokens += [f"w{i}" for i in range(len(tokens), entries)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,5 +148,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def trained_tokenizer(**values):
-    args = TokenizerArguments(**{"vocab_size": 100} | values)
+    from mosaic_tools import recipe, tokenization
+
+    args = recipe.TokenizerArguments(**{"vocab_size": 100} | values)
     return tokenization.train_tokenizer(iter(DOCUMENTS), args)
