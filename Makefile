@@ -3,7 +3,7 @@
 #                 benchmarks at toy size
 # make fuzz       20 times as many cases of the tests of properties, others in every run; what
 #                 fails is kept in .hypothesis and tried first the next time
-# make soak       long runs: memory, open files, threads, kills at random, full disks; about an hour
+# make soak       long runs: memory, open files, threads, kills at random, full disks; 15 minutes
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -44,6 +44,7 @@ test-slow: $(VENV)/ready
 fuzz: $(VENV)/ready
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile fuzz -n $(JOBS) --dist worksteal
 
+soak: export ONEDNN_PRIMITIVE_CACHE_CAPACITY = 0
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -m soak -v -s -n 0
 

@@ -3,6 +3,7 @@
 processes of their own, offline, with caches of their own."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def train_here(folder: Path, words: list):
     """train_mlm.py in this process and folder; what it says is in said.txt there."""
     import train_mlm
 
+    # That of loader workers, which a process inherits from what began it.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     with open("said.txt", "w") as file:
         for stream in (1, 2):
