@@ -4,6 +4,8 @@
 # make fuzz       20 times as many cases of the tests of properties, others in every run; what
 #                 fails is kept in .hypothesis and tried first the next time
 # make soak       long runs: memory, open files, threads, kills at random, full disks; 15 minutes
+# make test-matrix  the tests that versions can break, in environments of their own: other versions
+#                 of Python, torch and transformers, and without packages (noxfile.py); gigabytes
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -33,13 +35,18 @@ GPU_FLAGS_memory := --minutes 0.5
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test test-slow fuzz soak demo lint bench-cpu bench-gpu clean
+.PHONY: test test-slow test-matrix fuzz soak demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
+
+test-matrix:
+	$(PYTHON) -m venv .venv-nox
+	.venv-nox/bin/pip install -q nox==2026.10.20
+	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY))
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile fuzz -n $(JOBS) --dist worksteal

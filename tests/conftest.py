@@ -69,6 +69,13 @@ PLACES = [pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in CPU_B
 ]
 on_every_backend = pytest.mark.parametrize("backend, device", PLACES)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+# docs/compatibility.md has what older ones lack.
+needs_compile = pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="torch.compile: from torch 2.11 on"
+)
+needs_export = pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="torch.export: from torch 2.7 on"
+)
 
 MODEL_FILES = ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
 

@@ -4,7 +4,7 @@ or refused by an error that names the way that has them."""
 
 import pytest
 import torch
-from conftest import needs_triton
+from conftest import needs_compile, needs_triton
 from models import VOCAB, close, make, make_batch, make_labels
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -224,6 +224,7 @@ def attention_inputs():
     return qkv, torch.tensor([0.5, 0.25], dtype=torch.float64), batch
 
 
+@needs_compile
 def test_the_compiled_attention_operator_under_gradcheck():
     qkv, slopes, batch = attention_inputs()
 

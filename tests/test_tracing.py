@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from conftest import needs_export
 from models import HEADS, close, collate, make, make_batch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -75,6 +76,7 @@ def test_a_trace_of_a_multiple_choice_model():
     close(found, model(ids, mask).logits, factor=256)
 
 
+TRACERS = ["jit", pytest.param("export", marks=needs_export)]
 POSITIONS = {
     "from 0": [0, 1, 2, 0, 1, 0, 1, 2, 3],
     "from 2": [2, 3, 4, 2, 3, 2, 3, 4, 5],
@@ -93,7 +95,7 @@ class Packed(torch.nn.Module):
         return self.model(ids, mask, position_ids=positions).last_hidden_state
 
 
-@pytest.mark.parametrize("tracer", ["jit", "export"])
+@pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_traces_of_packed_rows_follow_positions(kind, tracer):
     """Only zeros began a sequence there: positions from 2 on joined all of them."""
@@ -123,7 +125,7 @@ class Loss(torch.nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("tracer", ["jit", "export"])
+@pytest.mark.parametrize("tracer", TRACERS)
 def test_labels_on_padding_are_ignored_by_traces_too(tracer, training):
     """They counted: 4.82 in place of 5.02."""
     model = Loss(make(BertForMaskedLM)).train(training)
