@@ -11,7 +11,8 @@ have the same texts in turn; padding takes time, and does not count as tokens.
   that it makes of all of them, by length. They are dealt to eight parts, encoded one by one.
 - train: forward twice, backward and fused AdamW of the loss of train_embeddings.py, on 128 pairs,
   32 texts at once, tokenized before. bf16 is by autocast, as Trainer has it.
-- memory: what a step of ours allocates at most (clocks.py), the batch growing, texts of 16 tokens.
+- memory: what a step of ours allocates at most (clocks.py), the batch growing: by a model of that
+  size with texts of 16 tokens, and by one of base size with texts of 64, which takes 20 minutes.
 
     python benchmarks/speed/sentence_embeddings.py
     python benchmarks/speed/sentence_embeddings.py --toy  # proves the script, on a CPU
@@ -53,12 +54,14 @@ SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 INTERMEDIATE = {"mosaic": 2048, "modernbert": 2048, "bert": 3072}
 # Texts of a batch, parts of encode, pairs of a step, tokens where texts are cut.
 BATCH, PARTS, PAIRS, CUT = (4, 3, 8, 64) if TOY else (32, 8, 128, 512)
-# Of the step whose memory is measured: tokens of a text, and pairs.
-SHORT, GROWING = (8, (8, 16)) if TOY else (16, (256, 1024, 4096))
+# Of the steps whose memory is measured, by the model's size: tokens of a text, and pairs.
+GROWING = {"small": (16, (256, 1024, 4096)), "base": (64, (256, 4096))}
+if TOY:
+    GROWING = {"small": (8, (8, 16))}
 # All of as many letters, by which encode sorts.
 WORDS = [f"w{i:05}" for i in range(len(SPECIAL_TOKENS), VOCAB)]
 COLUMNS = {
-    "task": "", "dtype": "", "setting": "", "pairs": ",", "tokens": ",",
+    "task": "", "dtype": "", "setting": "", "size": "", "pairs": ",", "tokens": ",",
     "tokens_per_s": ",.0f", "ratio": ".3f", "p20": ".3f", "p80": ".3f", "peak_bytes": ",",
 }  # fmt: skip
 
@@ -80,16 +83,17 @@ class Embedder:
 
     Args:
         dtype: for the task "step", of training, that of autocast, else of the weights.
+        small: whether it is of SMALL's size, else of base size.
 
     Raises:
         AssertionError: it is wrong, see `check`.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, task: str):
+    def __init__(self, name: str, dtype: torch.dtype, task: str, small: bool = DEVICE == "cpu"):
         setting = SETTINGS[name]
-        small = SMALL | {"intermediate_size": INTERMEDIATE[setting.model]}
+        sizes = SMALL | {"intermediate_size": INTERMEDIATE[setting.model]}
         torch.manual_seed(0)
-        config = configure(setting, **small if DEVICE == "cpu" else {})
+        config = configure(setting, **sizes if small else {})
         with tempfile.TemporaryDirectory() as folder:
             AutoModel.from_config(config, trust_remote_code=True).save_pretrained(folder)
             vocab = Path(folder, "vocab.txt")
@@ -190,15 +194,17 @@ def memory(args, dtype):
     libc = ctypes.CDLL(None)
     if DEVICE == "cpu":
         libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-    embedder = Embedder("mosaic", dtype, "step")
-    # Makes the optimizer's states.
-    embedder.step(make_texts([SHORT] * 2 * BATCH))()
-    for pairs in GROWING:
-        step = embedder.step(make_texts([SHORT] * 2 * pairs))
-        if DEVICE == "cpu":
-            libc.malloc_trim(0)
-        row = {"setting": "mosaic", "pairs": pairs, "tokens": 2 * SHORT * pairs}
-        yield row | {"peak_bytes": peak_bytes(step)}
+    for size in args.sizes:
+        length, growing = GROWING[size]
+        embedder = Embedder("mosaic", dtype, "step", small=size == "small")
+        # Makes the optimizer's states.
+        embedder.step(make_texts([length] * 2 * BATCH))()
+        for pairs in growing:
+            step = embedder.step(make_texts([length] * 2 * pairs))
+            if DEVICE == "cpu":
+                libc.malloc_trim(0)
+            row = {"setting": "mosaic", "size": size, "pairs": pairs, "tokens": 2 * length * pairs}
+            yield row | {"peak_bytes": peak_bytes(step)}
 
 
 TASKS = {x.__name__: x for x in (encode, train, memory)}
@@ -219,6 +225,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--dtypes", nargs="+", default=dtypes, help="all for encode, else the last")
     parser.add_argument("--texts", type=int, default=30 if TOY else 1000)
+    parser.add_argument("--sizes", nargs="+", choices=GROWING, default=["small"], help="of memory")
     parser.add_argument("--rounds", type=int, default=3, help="of train")
     parser.add_argument("--seconds", type=float, default=90, help="of encode; 3 parts at least")
     parser.add_argument("--output", default=record_file("sentence_embeddings"))
