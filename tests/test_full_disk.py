@@ -6,7 +6,9 @@ would have.
 A small file system is mounted for it: as root, or by `unshare -rm make soak`. A few minutes.
 """
 
+import contextlib
 import hashlib
+import io
 import re
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ import finetune
 import prepare_data
 import train_embeddings
 import train_mlm
+from mosaic_tools import family
 from mosaic_tools.checkpoints import newest_checkpoint
 
 pytest_plugins = ["finetuning"]
@@ -85,8 +88,16 @@ def call(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(command, *words):
-        monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, words)])
-        command.main(*[sys.argv[1:]] * (command in (finetune, convert_weights)))
+        argv = [f"{command.__name__}.py", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", argv)
+        # Hundreds of runs say nothing of what is asked here.
+        said = io.StringIO()
+        with (
+            family.without_report(),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            command.main(*[argv[1:]] * (command in (finetune, convert_weights)))
 
     return call
 
