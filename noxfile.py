@@ -72,7 +72,7 @@ ENVIRONMENTS = {
 BREAK_TRITON = """
 import importlib.util, pathlib
 file = pathlib.Path(importlib.util.find_spec("triton").origin)
-file.write_text('raise OSError("libcuda.so.1: cannot open shared object file")')
+file.write_text('raise ImportError("libcuda.so.1: cannot open shared object file")')
 """
 
 for name, (python, packages, tests) in ENVIRONMENTS.items():
