@@ -43,7 +43,7 @@ from mosaic_tools.glue_tasks import GLUE, TASKS, Task, eval_results, metrics
 from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import given_flags
-from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types
+from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, reading_rows
 from mosaic_tools.runs import (
     RESULT,
     RESULTS,
@@ -93,12 +93,13 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
     trainer.accelerator.print(
         f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"
     )
-    seconds = trainer.train().metrics["train_runtime"]
     found = {}
-    for suffix, split in task.validation.items():
-        output = trainer.predict(rows[split])
-        values = metrics(output.predictions, output.label_ids)
-        found |= {name + suffix: value for name, value in values.items()}
+    with reading_rows(args):
+        seconds = trainer.train().metrics["train_runtime"]
+        for suffix, split in task.validation.items():
+            output = trainer.predict(rows[split])
+            values = metrics(output.predictions, output.label_ids)
+            found |= {name + suffix: value for name, value in values.items()}
     result = {
         "task": run.name,
         "seed": run.seed,

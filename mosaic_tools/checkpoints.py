@@ -22,12 +22,16 @@ def saving(what: str, args: RecipeArguments):
         yield
     # tokenizers raises no kind of its own.
     except Exception as error:
-        checkpoint, _ = newest_checkpoint(Path(args.output_dir))
-        intact = f"The last complete checkpoint is {checkpoint}. " if checkpoint else ""
         raise OSError(
-            f"{what} could not be written to {args.output_dir}: {error}. {intact}Make room, then "
-            f"repeat the command{args.GO_ON}"
+            f"{what} could not be written to {args.output_dir}: {error}. {intact(args)}Make room, "
+            f"then repeat the command{args.GO_ON}"
         ) from error
+
+
+def intact(args: RecipeArguments) -> str:
+    """A sentence of the newest complete checkpoint, or nothing if there is none."""
+    checkpoint, _ = newest_checkpoint(Path(args.output_dir))
+    return f"The last complete checkpoint is {checkpoint}. " if checkpoint else ""
 
 
 class Checkpoints(TrainerCallback):
@@ -167,8 +171,9 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     begun = (folder / "log.jsonl").exists() and not any(folder.glob("model*.safetensors"))
     goes_on = wanted == "last" and (newest or torn or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
+        last = "" if wanted == "last" else "continue with --resume_from_checkpoint last, "
         raise ValueError(
-            f"output_dir {folder} is not empty: choose another, continue with "
-            "--resume_from_checkpoint last, or write into it with --overwrite"
+            f"output_dir {folder} is not empty: choose another, {last}or write into it with "
+            "--overwrite"
         )
     return newest and str(newest)

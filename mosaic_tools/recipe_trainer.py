@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from mosaic_tools.checkpoints import (
     COMPLETE,
     change_of_precision,
-    newest_checkpoint,
+    intact,
     saving,
 )
 from mosaic_tools.family import is_ours
@@ -59,14 +59,12 @@ def reading_rows(args):
         deaths = [x for x in (error.__cause__, error) if tells_of_a_death(x)]
         if not (deaths and args.dataloader_num_workers):
             raise
-        checkpoint, _ = newest_checkpoint(Path(args.output_dir))
         # An EOFError says nothing.
         reason = str(deaths[0]).rstrip(" .") or type(deaths[0]).__name__
         raise RuntimeError(
-            f"a process that loads rows died: {reason}. The last complete "
-            f"checkpoint: {checkpoint or 'none'}. Repeat the command with --resume_from_checkpoint "
-            "last; where memory was short, with fewer --dataloader_num_workers (a stream keeps "
-            "their number)"
+            f"a process that loads rows died: {reason}. {intact(args)}Repeat the "
+            f"command{args.GO_ON}. Where memory was short, give fewer --dataloader_num_workers (a "
+            "stream keeps their number)"
         ) from error
 
 

@@ -20,6 +20,7 @@ from finetuning import (
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training import ACCELERATE, ROOT, flags, read_json, run
+from transformers import Trainer
 
 import finetune
 from mosaic_tools import recipe
@@ -114,6 +115,18 @@ def test_fractions_are_regressed_on_in_float32(golden, tmp_path, monkeypatch, ca
     assert read_json(folder, "config.json")["problem_type"] == "regression"
     old, young = (guess["score"] for guess in classify(folder, SENTENCES[:2]))
     assert abs(old - 2.5) < 0.5 and abs(young - 0.5) < 0.5
+
+
+def test_a_loader_worker_that_dies_is_named(golden, tmp_path, monkeypatch):
+    """A library's error, and in a save it passed for a full disk."""
+
+    def cut_off(*args):
+        raise EOFError
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", cut_off)
+    values = {"model": golden, "dataloader_num_workers": 1} | write_own(tmp_path, by_age())
+    with pytest.raises(RuntimeError, match="died: EOFError. Repeat the command: what is finished"):
+        start(**QUICK, **values)
 
 
 def test_a_classifier_is_trained_on_if_it_knows_the_labels(finetuned, tmp_path):

@@ -11,8 +11,8 @@ have the same texts in turn; padding takes time, and does not count as tokens.
   that it makes of all of them, by length. They are dealt to eight parts, encoded one by one.
 - train: forward twice, backward and fused AdamW of the loss of train_embeddings.py, on 128 pairs,
   32 texts at once, tokenized before. bf16 is by autocast, as Trainer has it.
-- memory: what a step of ours allocates at most (clocks.py), the batch growing: by a model of that
-  size with texts of 16 tokens, and by one of base size with texts of 64, which takes 20 minutes.
+- memory: what a step of ours allocates at most (clocks.py), the batch growing, texts of 16 tokens:
+  32 at once by a model of that size, 128 at once by one of base size.
 
     python benchmarks/speed/sentence_embeddings.py
     python benchmarks/speed/sentence_embeddings.py --toy  # proves the script, on a CPU
@@ -54,10 +54,11 @@ SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 INTERMEDIATE = {"mosaic": 2048, "modernbert": 2048, "bert": 3072}
 # Texts of a batch, parts of encode, pairs of a step, tokens where texts are cut.
 BATCH, PARTS, PAIRS, CUT = (4, 3, 8, 64) if TOY else (32, 8, 128, 512)
-# Of the steps whose memory is measured, by the model's size: tokens of a text, and pairs.
-GROWING = {"small": (16, (256, 1024, 4096)), "base": (64, (256, 4096))}
+# Of the steps whose memory is measured: tokens of a text; by the model's size, texts at once and
+# pairs.
+SHORT, GROWING = 16, {"small": (BATCH, (256, 1024, 4096)), "base": (128, (256, 4096))}
 if TOY:
-    GROWING = {"small": (8, (8, 16))}
+    SHORT, GROWING = 8, {"small": (BATCH, (8, 16))}
 # All of as many letters, by which encode sorts.
 WORDS = [f"w{i:05}" for i in range(len(SPECIAL_TOKENS), VOCAB)]
 COLUMNS = {
@@ -84,12 +85,15 @@ class Embedder:
     Args:
         dtype: for the task "step", of training, that of autocast, else of the weights.
         small: whether it is of SMALL's size, else of base size.
+        batch: texts that a step takes at once.
 
     Raises:
         AssertionError: it is wrong, see `check`.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, task: str, small: bool = DEVICE == "cpu"):
+    def __init__(
+        self, name, dtype: torch.dtype, task: str, small: bool = DEVICE == "cpu", batch: int = BATCH
+    ):
         setting = SETTINGS[name]
         sizes = SMALL | {"intermediate_size": INTERMEDIATE[setting.model]}
         torch.manual_seed(0)
@@ -107,7 +111,7 @@ class Embedder:
             autocast = torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32)
             self.model.forward = autocast(self.model.forward)
             loss = trainer.CachedMultipleNegativesRankingLoss
-            self.loss = loss(self.model, mini_batch_size=BATCH)
+            self.loss = loss(self.model, mini_batch_size=batch)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-5, fused=True)
         else:
             self.model.to(dtype)
@@ -195,15 +199,15 @@ def memory(args, dtype):
     if DEVICE == "cpu":
         libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
     for size in args.sizes:
-        length, growing = GROWING[size]
-        embedder = Embedder("mosaic", dtype, "step", small=size == "small")
+        batch, growing = GROWING[size]
+        embedder = Embedder("mosaic", dtype, "step", size == "small", batch)
         # Makes the optimizer's states.
-        embedder.step(make_texts([length] * 2 * BATCH))()
+        embedder.step(make_texts([SHORT] * 2 * BATCH))()
         for pairs in growing:
-            step = embedder.step(make_texts([length] * 2 * pairs))
+            step = embedder.step(make_texts([SHORT] * 2 * pairs))
             if DEVICE == "cpu":
                 libc.malloc_trim(0)
-            row = {"setting": "mosaic", "size": size, "pairs": pairs, "tokens": 2 * length * pairs}
+            row = {"setting": "mosaic", "size": size, "pairs": pairs, "tokens": 2 * SHORT * pairs}
             yield row | {"peak_bytes": peak_bytes(step)}
 
 
@@ -225,7 +229,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--dtypes", nargs="+", default=dtypes, help="all for encode, else the last")
     parser.add_argument("--texts", type=int, default=30 if TOY else 1000)
-    parser.add_argument("--sizes", nargs="+", choices=GROWING, default=["small"], help="of memory")
+    parser.add_argument("--sizes", nargs="+", choices=GROWING, default=GROWING, help="of memory")
     parser.add_argument("--rounds", type=int, default=3, help="of train")
     parser.add_argument("--seconds", type=float, default=90, help="of encode; 3 parts at least")
     parser.add_argument("--output", default=record_file("sentence_embeddings"))
