@@ -28,6 +28,7 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "bert_layers.BertForQuestionAnswering",
     "AutoModelForMultipleChoice": "bert_layers.BertForMultipleChoice",
 }
+MAX_LABELS = 2**18
 # Fields that are no sizes, and the most that each can be.
 NUMBERS = dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 1
@@ -79,6 +80,9 @@ class MosaicBertConfig(StockBertConfig):
         **kwargs,
     ):
         kwargs.setdefault("max_position_embeddings", alibi_starting_size)
+        # transformers makes a name for each, which would fill memory without end.
+        if isinstance(labels := kwargs.get("num_labels"), Integral) and labels > MAX_LABELS:
+            raise ValueError(f"num_labels must be at most {MAX_LABELS}, got {labels}")
         super().__init__(attention_probs_dropout_prob=attention_probs_dropout_prob, **kwargs)
         self.alibi_starting_size = alibi_starting_size
         self.low_precision_layernorm = low_precision_layernorm

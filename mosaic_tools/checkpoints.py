@@ -9,7 +9,7 @@ import torch.distributed
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from mosaic_tools.files import check_folder, read_json
+from mosaic_tools.files import check_folder, is_of_writing, read_json
 from mosaic_tools.recipe import RecipeArguments
 
 COMPLETE = "complete.json"
@@ -20,18 +20,30 @@ def saving(what: str, args: RecipeArguments):
     """OSError: writing fails, be it for a full disk; it says what is intact and how to go on."""
     try:
         yield
-    # tokenizers raises no kind of its own.
     except Exception as error:
+        if not is_of_writing(error):
+            raise
         raise OSError(
-            f"{what} could not be written to {args.output_dir}: {error}. {intact(args)}Make room, "
-            f"then repeat the command{args.GO_ON}"
+            f"{what} could not be written to {args.output_dir}: {error}. Make room, or mend what "
+            f"is named. {way_on(args)}"
         ) from error
 
 
-def intact(args: RecipeArguments) -> str:
-    """A sentence of the newest complete checkpoint, or nothing if there is none."""
-    checkpoint, _ = newest_checkpoint(Path(args.output_dir))
-    return f"The last complete checkpoint is {checkpoint}. " if checkpoint else ""
+def way_on(args: RecipeArguments) -> str:
+    """What a run that failed has left, and how to go on from there, in words."""
+    if not args.CAN_RESUME:
+        return "Repeat the command: what is finished is kept"
+    folder = Path(args.output_dir)
+    checkpoint, _ = newest_checkpoint(folder)
+    intact = f"The last complete checkpoint is {checkpoint}. " if checkpoint else ""
+    # As `choose_checkpoint` takes it.
+    flag = "--resume_from_checkpoint last" if checkpoint or not has_model(folder) else "--overwrite"
+    return f"{intact}Repeat the command with {flag}"
+
+
+def has_model(folder: Path) -> bool:
+    names = ("config.json", "model*.safetensors", "pytorch_model*.bin")
+    return any(file for name in names for file in folder.glob(name))
 
 
 class Checkpoints(TrainerCallback):
@@ -168,7 +180,7 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
             "continue with --resume_from_checkpoint last, or move the checkpoints away"
         )
     # One that was killed before its first checkpoint has left its log, and no model.
-    begun = (folder / "log.jsonl").exists() and not any(folder.glob("model*.safetensors"))
+    begun = (folder / "log.jsonl").exists() and not has_model(folder)
     goes_on = wanted == "last" and (newest or torn or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
         last = "" if wanted == "last" else "continue with --resume_from_checkpoint last, "

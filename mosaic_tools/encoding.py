@@ -5,7 +5,7 @@ writes."""
 import bisect
 import functools
 import json
-import tempfile
+import shutil
 import zlib
 from pathlib import Path
 
@@ -152,17 +152,18 @@ def save_prepared(folder: Path, train, validation, tokenizer, args: DataArgument
         "train": size(train),
         "validation": size(validation),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        writing(f"prepared_data {folder}"),
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary,
-    ):
-        partial = Path(temporary, folder.name)
-        datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
-        tokenizer.save_pretrained(partial)
-        make_tokenizer_portable(partial, args.max_seq_length)
-        Path(partial, "prepared.json").write_text(json.dumps(facts, indent=2) + "\n")
-        partial.rename(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    # Of a command that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(f"prepared_data {folder}"):
+            datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
+            tokenizer.save_pretrained(partial)
+            make_tokenizer_portable(partial, args.max_seq_length)
+            Path(partial, "prepared.json").write_text(json.dumps(facts, indent=2) + "\n")
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return facts
 
 

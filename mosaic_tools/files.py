@@ -6,6 +6,8 @@ import contextlib
 import json
 from pathlib import Path, PureWindowsPath
 
+from safetensors import SafetensorError
+
 
 def inside(folder: Path, name: str) -> Path:
     """The file or folder of that name in `folder`.
@@ -40,14 +42,19 @@ def writing(what: str):
     """For what is written to a temporary folder. OSError: writing fails, be it for a full disk."""
     try:
         yield
-    except ValueError:
-        raise
-    # safetensors and tokenizers raise no OSError.
     except Exception as error:
+        if not is_of_writing(error):
+            raise
         raise OSError(
-            f"{what} could not be written: {error}. Nothing is left of it: make room, then repeat "
-            "the command"
+            f"{what} could not be written: {error}. Nothing is left of it. Make room, or mend what "
+            "is named, then repeat the command"
         ) from error
+
+
+def is_of_writing(error: Exception) -> bool:
+    """Whether libraries raise it where a file cannot be written. tokenizers has no class of its
+    own."""
+    return isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
 
 
 def listed_shards(index: Path) -> list[Path]:

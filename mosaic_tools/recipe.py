@@ -235,8 +235,8 @@ class RecipeArguments(TrainingArguments):
     # Rows hold what the collator needs, which are no arguments of the model.
     remove_unused_columns: bool = False
 
-    # After an error, of what the command line needs more than before.
-    GO_ON = " with --resume_from_checkpoint last"
+    # Whether the command takes --resume_from_checkpoint.
+    CAN_RESUME = True
 
     def __post_init__(self):
         self.check_numbers()

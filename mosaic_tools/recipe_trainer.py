@@ -9,10 +9,10 @@ from transformers import Trainer, TrainerCallback
 from mosaic_tools.checkpoints import (
     COMPLETE,
     change_of_precision,
-    intact,
     saving,
+    way_on,
 )
-from mosaic_tools.family import is_ours
+from mosaic_tools.family import is_ours, listed
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
 
@@ -26,11 +26,21 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         name = f"checkpoint-{self.state.global_step}"
+        self.check_weights()
         with saving(name, self.args):
             # Written again, it is not complete until it is.
             if self.is_world_process_zero():
                 Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
             super()._save_checkpoint(*args, **kwargs)
+
+    def check_weights(self):
+        """FloatingPointError: weights are not finite, of which nothing must be saved."""
+        wrong = [name for name, x in self.model.named_parameters() if not x.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"stopped in step {self.state.global_step}: nan or infinity in {listed(wrong)}. "
+                f"Try a lower --learning_rate; in fp16 also --bf16 true. {way_on(self.args)}"
+            )
 
     def save_model(self, output_dir=None, _internal_call=False):
         folder = output_dir or self.args.output_dir
@@ -56,36 +66,42 @@ def reading_rows(args):
         yield
     except (RuntimeError, OSError, EOFError) as error:
         # torch raises in whatever this process does at that moment, be it a save.
-        deaths = [x for x in (error.__cause__, error) if tells_of_a_death(x)]
+        deaths = [x for x in (error.__cause__, error) if is_of_dead_worker(x)]
         if not (deaths and args.dataloader_num_workers):
             raise
         # An EOFError says nothing.
         reason = str(deaths[0]).rstrip(" .") or type(deaths[0]).__name__
         raise RuntimeError(
-            f"a process that loads rows died: {reason}. {intact(args)}Repeat the "
-            f"command{args.GO_ON}. Where memory was short, give fewer --dataloader_num_workers (a "
-            "stream keeps their number)"
+            f"a process that loads rows died: {reason}. {way_on(args)}. Where memory was short, "
+            "give fewer --dataloader_num_workers (a stream keeps their number)"
         ) from error
 
 
-def tells_of_a_death(error: Exception | None) -> bool:
+def is_of_dead_worker(error: Exception | None) -> bool:
     """Whether it means that a worker is gone. torch says so by its pid, unless it was just reading
     from it. An error inside a worker names the worker too, but ends as what it is."""
     inside = "DataLoader worker process" in str(error)
-    cut_off = isinstance(error, (ConnectionError, EOFError)) and not inside
+    cut_off = isinstance(error, (ConnectionResetError, EOFError)) and not inside
     return cut_off or "DataLoader worker (pid" in str(error)
 
 
-class NothingLeft(Exception):
+class TrainingComplete(Exception):
     """All steps are taken."""
 
 
-class StopBeforeTooMany(TrainerCallback):
+class StopAfterLastStep(TrainerCallback):
     """For a run that is resumed after its last step: within an epoch Trainer would take another."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"the checkpoint is of step {state.global_step}, of which the run has "
+                f"{state.max_steps}: give more --max_steps, or another --output_dir"
+            )
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            raise NothingLeft
+        if state.global_step == state.max_steps:
+            raise TrainingComplete
 
 
 def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: str | None) -> bool:
@@ -104,12 +120,15 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
         say(f"{name}: {value}")
     if checkpoint and (change := change_of_precision(Path(checkpoint), args)):
         say(f"{change}: --bf16 true or false chooses")
-    trainer.add_callback(StopBeforeTooMany())
+    trainer.add_callback(StopAfterLastStep())
     try:
         with reading_rows(args):
             trainer.train(resume_from_checkpoint=checkpoint)
-    except NothingLeft:
+    except TrainingComplete:
         trainer.is_in_train = False
+        if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)
     # A resumed run has a state of its own.
     state = trainer.state
     if trainer.sigterm.stopped and state.global_step < state.max_steps:
@@ -118,6 +137,7 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
             "command with --resume_from_checkpoint last"
         )
         return False
+    trainer.check_weights()
     with saving("the model", args):
         trainer.save_model()
     return True

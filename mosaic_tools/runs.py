@@ -32,7 +32,7 @@ class FinetuneArguments(RecipeArguments):
     save_all_seeds: bool = option(False, "keep the model of every seed, not of the first only")
     save_strategy: str = "no"
 
-    GO_ON = ": what is finished is kept"
+    CAN_RESUME = False
 
     def __post_init__(self):
         super().__post_init__()

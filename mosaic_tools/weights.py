@@ -22,8 +22,12 @@ def fetch(source: str) -> Path:
     if source.count("/") > 1 or source.startswith((".", "/")) or source.endswith(".pt"):
         raise ValueError(f"{source} does not exist")
     try:
-        wanted = ["*.json", "*.txt", "README.md", "model*.safetensors", "pytorch_model*.bin"]
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        wanted = ["*.json", "*.txt", "README.md", "model*.safetensors"]
+        folder = Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        if not any(folder.glob("model*.safetensors")):
+            wanted.append("pytorch_model*.bin")
+            snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"])
+        return folder
     except Exception as error:
         raise ValueError(
             f"{source} is neither a file or folder here nor can it be had from the Hub: {error}"

@@ -99,7 +99,10 @@ def test_sizes_that_do_not_divide_are_refused():
         MosaicBertConfig(is_decoder=True)
 
 
-@pytest.mark.parametrize("name, most", [("num_hidden_layers", 1000), ("vocab_size", 2**31 - 1)])
+@pytest.mark.parametrize(
+    "name, most",
+    [("num_hidden_layers", 1000), ("vocab_size", 2**31 - 1), ("num_labels", 2**18)],
+)
 def test_sizes_without_end_are_refused(name, most):
     """Layers were built until the memory was full."""
     for size in (most + 1, 10**18):

@@ -8,6 +8,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from conftest import run_python
 from embeddings import PAIRS, RUN, SCORED, train, write_data
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Pooling
 from sentence_transformers.sentence_transformer.losses import (
@@ -368,3 +369,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(golden, tmp_path, monkeypatch, 
     with pytest.raises(FloatingPointError, match="the loss is nan. Try a lower --learning_rate"):
         train(monkeypatch, model=golden, logging_steps=logging_steps, max_steps=3, **values)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_no_checkpoint_has_weights_that_are_not_finite(golden, tmp_path, monkeypatch):
+    """Where no step was logged between, it passed for complete, and every later run began there."""
+    values = {"learning_rate": 1e30, "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(FloatingPointError, match="nan or infinity in .*checkpoint-1. Repeat"):
+        train(monkeypatch, model=golden, logging_steps=100, **values, **write_data(tmp_path))
+    weights = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    assert all(x.isfinite().all() for x in weights.values())

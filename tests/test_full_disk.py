@@ -143,7 +143,7 @@ def test_pretraining(disk, call, vocab, tmp_path):
         disk,
         lambda: call(train_mlm, *words),
         lambda: call(train_mlm, *words, *RESUME),
-        "Make room, then repeat the command with --resume_from_checkpoint last",
+        "Make room.*Repeat the command with --resume_from_checkpoint last",
     )
 
 
@@ -167,7 +167,7 @@ def test_embeddings(disk, call, golden, tmp_path):
         disk,
         lambda: call(train_embeddings, *words),
         lambda: call(train_embeddings, *words, *RESUME),
-        "Make room, then repeat the command with --resume_from_checkpoint last",
+        "Make room.*Repeat the command with --resume_from_checkpoint last",
     )
 
 
@@ -179,7 +179,7 @@ def test_finetuning(disk, call, golden, tmp_path):
         disk,
         lambda: call(finetune, *words),
         lambda: call(finetune, *words),
-        "Make room, then repeat the command: what is finished is kept",
+        "Make room.*Repeat the command: what is finished is kept",
     )
 
 
@@ -193,7 +193,7 @@ def test_conversion(disk, call, vocab):
         disk,
         lambda: call(convert_weights, *words),
         lambda: call(convert_weights, *words),
-        "Nothing is left of it: make room",
+        "Nothing is left of it. Make room",
         results="",
         check=nothing_is_left,
     )
@@ -223,7 +223,7 @@ def test_prepared_data(disk, call, vocab, tmp_path):
         disk,
         lambda: call(prepare_data, *words),
         lambda: call(prepare_data, *words),
-        "Nothing is left of it: make room",
+        "Nothing is left of it. Make room",
         results="",
         check=nothing_is_left,
     )

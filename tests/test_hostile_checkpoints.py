@@ -113,6 +113,7 @@ FILES = {
         {"config.json": with_config(vocab_size=2**31 - 1)},
         r"differ in shape: .*word_embeddings.weight \(2147483647, ",
     ),
+    "labels without end": ({"config.json": with_config(num_labels=5 * 10**6)}, "at most 262144"),
     "a size below zero": ({"config.json": with_config(hidden_size=-96)}, "hidden_size must be"),
     "a config that is nested for ever": ({"config.json": "[" * 10**6}, "config.json is not JSON"),
     "a tokenizer that is an image": ({"tokenizer.json": b"\x89PNG\r\n\xff"}, "no tokenizer can"),

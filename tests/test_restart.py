@@ -227,11 +227,35 @@ def test_a_loss_that_rises_stops_the_run(train, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "step-6-process-0.safetensors").exists()
 
 
+def test_a_complete_run_that_is_resumed_ends_as_it_had(train, tmp_path):
+    """Trainer took another step; and then the last checkpoint passed for the best."""
+    values = {"max_steps": 6, "learning_rate": 0.03, "divergence": 100, "eval_strategy": "steps"}
+    values |= {"eval_steps": 3, "load_best_model_at_end": True}
+    train(**values)
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    best = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(before[name], best[name]) for name in before)
+    train(**values, resume_from_checkpoint="last")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-6"
+    with pytest.raises(ValueError, match="checkpoint is of step 6, of which the run has 3"):
+        train(max_steps=3, resume_from_checkpoint="last")
+
+
+def test_a_full_disk_after_the_model_is_saved_names_the_flag_that_helps(train, tmp_path):
+    """Without a checkpoint it was --resume_from_checkpoint last, which was refused then."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="report could not be written.* with --overwrite"):
+        train(overwrite=True, save_strategy="no")
+
+
 def test_a_full_disk_is_an_error_that_says_what_is_intact(train, tmp_path):
     (tmp_path / "out" / "checkpoint-6").mkdir(parents=True)
     # Whatever is written there finds no space left on the device.
     (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="checkpoint-6 could not be written.*checkpoint-3.*Make room"):
+    with pytest.raises(OSError, match="checkpoint-6 could not be written.*Make room.*checkpoint-3"):
         train(overwrite=True)
     assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-3"
 
