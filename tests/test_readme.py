@@ -100,6 +100,7 @@ def test_contributing_says_what_proves_a_change_to_each_file():
     files = [*ROOT.glob("*.py"), *ROOT.glob("mosaic_tools/[!_]*.py")]
     assert changed >= {x.relative_to(ROOT).as_posix() for x in files}
     assert proofs and all(x.startswith("tests/test_") for x in proofs)
+    assert all((ROOT / x).is_file() for x in changed | proofs)
 
 
 def test_every_make_target_it_names_exists():

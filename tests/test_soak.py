@@ -7,7 +7,7 @@
 - A run whose DataLoader workers are killed at random says so, and goes on to the same curve.
 - A run that is killed at 20 random moments ends with the same losses and weights, to the bit.
 
-About 12 minutes on two cores that others use too.
+About 15 minutes on two cores that others use too.
 """
 
 import ctypes
