@@ -201,8 +201,8 @@ def memory(args, dtype):
     for size in args.sizes:
         batch, growing = GROWING[size]
         embedder = Embedder("mosaic", dtype, "step", size == "small", batch)
-        # Makes the optimizer's states.
-        embedder.step(make_texts([SHORT] * 2 * BATCH))()
+        # Makes the optimizer's states, and what libraries keep for the shapes.
+        embedder.step(make_texts([SHORT] * 2 * batch))()
         for pairs in growing:
             step = embedder.step(make_texts([SHORT] * 2 * pairs))
             if DEVICE == "cpu":
