@@ -229,8 +229,9 @@ def test_a_loss_that_rises_stops_the_run(train, tmp_path, monkeypatch):
 
 def test_a_complete_run_that_is_resumed_ends_as_it_had(train, tmp_path):
     """Trainer took another step; and then the last checkpoint passed for the best."""
-    values = {"max_steps": 6, "learning_rate": 0.03, "divergence": 100, "eval_strategy": "steps"}
-    values |= {"eval_steps": 3, "load_best_model_at_end": True}
+    # The first checkpoint's loss is higher, which is called better here.
+    values = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+    values |= {"load_best_model_at_end": True, "greater_is_better": True}
     train(**values)
     before = load_file(tmp_path / "out" / "model.safetensors")
     best = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
