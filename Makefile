@@ -3,7 +3,7 @@
 #                 benchmarks at toy size
 # make fuzz       20 times as many cases of the tests of properties, others in every run; what
 #                 fails is kept in .hypothesis and tried first the next time
-# make soak       long runs: memory, open files, threads, kills at random, full disks; 20 minutes
+# make soak       long runs: memory, open files, threads, kills at random, full disks; 25 minutes
 # make test-matrix  the tests that versions can break, in environments of their own: other versions
 #                 of Python, torch and transformers, and without packages (noxfile.py); gigabytes
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
