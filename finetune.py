@@ -94,12 +94,11 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
         f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"
     )
     found = {}
-    with reading_rows(args):
-        seconds = trainer.train().metrics["train_runtime"]
-        for suffix, split in task.validation.items():
-            output = trainer.predict(rows[split])
-            values = metrics(output.predictions, output.label_ids)
-            found |= {name + suffix: value for name, value in values.items()}
+    seconds = trainer.train().metrics["train_runtime"]
+    for suffix, split in task.validation.items():
+        output = trainer.predict(rows[split])
+        values = metrics(output.predictions, output.label_ids)
+        found |= {name + suffix: value for name, value in values.items()}
     result = {
         "task": run.name,
         "seed": run.seed,
@@ -194,7 +193,8 @@ def main(argv: list[str]):
             for file in folder.glob(f"*/seed-*/{RESULT}") if args.overwrite else ():
                 file.unlink()
             write_results(args, record)
-        finetune(run, task, model, rows, tokenizer, model_args, run_args)
+        with reading_rows(run_args):
+            finetune(run, task, model, rows, tokenizer, model_args, run_args)
         del model, rows
         gc.collect()
         torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ from mosaic_tools.embedding_trainer import (
 from mosaic_tools.pairs import PairArguments, load_pairs, seen_in_training
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import parse
-from mosaic_tools.recipe_trainer import train_and_save
+from mosaic_tools.recipe_trainer import reading_rows, train_and_save
 
 
 def describe(
@@ -160,19 +160,20 @@ def main():
     losses = {name: build_loss(x, embedder, model_args, gather) for name, x in train.items()}
     trainer = EmbeddingTrainer(embedder, args, train, loss=losses, evaluator=evaluator)
     facts = describe(trainer, model_args, data, held_out)
-    if not train_and_save(trainer, facts, checkpoint):
-        return
-    after = trainer.evaluate()
-    found = {"after training": after}
-    if trainer.is_world_process_zero():
-        found["before"] = next(x for x in trainer.state.log_history if "eval_runtime" in x)
-        found |= baselines(embedder, evaluator, args.seed)
-        for name, value in figures(found, dims).items():
-            print(f"{name}: {value}")
-    with saving("the report", args):
-        trainer.save_metrics("eval", after, combined=False)
+    with reading_rows(args):
+        if not train_and_save(trainer, facts, checkpoint):
+            return
+        after = trainer.evaluate()
+        found = {"after training": after}
         if trainer.is_world_process_zero():
-            report(trainer, facts | figures(found, dims), found, model_args, data)
+            found["before"] = next(x for x in trainer.state.log_history if "eval_runtime" in x)
+            found |= baselines(embedder, evaluator, args.seed)
+            for name, value in figures(found, dims).items():
+                print(f"{name}: {value}")
+        with saving("the report", args):
+            trainer.save_metrics("eval", after, combined=False)
+            if trainer.is_world_process_zero():
+                report(trainer, facts | figures(found, dims), found, model_args, data)
     if trainer.is_world_process_zero() and args.publish_to:
         print(publish(Path(args.output_dir), args.publish_to, args.private, args.revision))
 

@@ -130,16 +130,16 @@ def main():
 
     trainer = MlmTrainer(model, args, train, validation, tokenizer, data_args)
     facts = describe(trainer, data_args)
-    if not train_and_save(trainer, facts, checkpoint):
-        return
     with reading_rows(args):
+        if not train_and_save(trainer, facts, checkpoint):
+            return
         metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    with saving("the report", args):
-        # Not into all_results.json, which a full disk may have torn, and Trainer would read first.
-        trainer.save_metrics("eval", metrics, combined=False)
-        if trainer.is_world_process_zero():
-            report(trainer, facts | figures(metrics), metrics, model_args, data_args)
+        trainer.log_metrics("eval", metrics)
+        with saving("the report", args):
+            # Not into all_results.json, which a full disk may have torn, and Trainer reads first.
+            trainer.save_metrics("eval", metrics, combined=False)
+            if trainer.is_world_process_zero():
+                report(trainer, facts | figures(metrics), metrics, model_args, data_args)
     if trainer.is_world_process_zero() and args.publish_to:
         print(publish(Path(args.output_dir), args.publish_to, args.private, args.revision))
 

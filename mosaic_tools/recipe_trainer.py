@@ -122,8 +122,7 @@ def train_and_save(trainer: RecipeTrainer, facts: dict[str, str], checkpoint: st
         say(f"{change}: --bf16 true or false chooses")
     trainer.add_callback(StopAfterLastStep())
     try:
-        with reading_rows(args):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except TrainingComplete:
         trainer.is_in_train = False
         if args.load_best_model_at_end and trainer.state.best_model_checkpoint:

@@ -273,6 +273,18 @@ def test_a_worker_that_dies_while_it_is_read_from_is_named_too(train, monkeypatc
         train(dataloader_num_workers=1)
 
 
+@pytest.mark.parametrize("busy", ["save_model", "evaluate", "save_metrics"])
+def test_a_worker_that_is_killed_after_the_last_step_is_named_too(train, monkeypatch, busy):
+    """torch raises in whatever the process does when it hears of it."""
+
+    def killed(*args, **kwargs):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(mlm_trainer.MlmTrainer, busy, killed)
+    with pytest.raises(RuntimeError, match="died: .*Killed.*(--resume_from.* last|--overwrite)"):
+        train(dataloader_num_workers=1, save_steps=1000)
+
+
 def test_an_error_inside_a_worker_stays_what_it_is(train, monkeypatch):
     def strange(*args):
         raise RuntimeError("a strange row")
