@@ -71,8 +71,13 @@ def reading_rows(args):
             raise
         # An EOFError says nothing.
         reason = str(deaths[0]).rstrip(" .") or type(deaths[0]).__name__
+        try:
+            left = way_on(args)
+        except RuntimeError:
+            # An EOFError came first, and torch heard of the death just now.
+            left = way_on(args)
         raise RuntimeError(
-            f"a process that loads rows died: {reason}. {way_on(args)}. Where memory was short, "
+            f"a process that loads rows died: {reason}. {left}. Where memory was short, "
             "give fewer --dataloader_num_workers (a stream keeps their number)"
         ) from error
 

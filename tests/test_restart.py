@@ -28,7 +28,7 @@ from training import (
 from transformers import Trainer
 
 import train_mlm
-from mosaic_tools import mlm_trainer
+from mosaic_tools import mlm_trainer, recipe_trainer
 from mosaic_tools.checkpoints import checkpoint_to_resume, newest_checkpoint
 from mosaic_tools.masking import MaskingCollator
 from mosaic_tools.publishing import files_to_upload
@@ -283,6 +283,25 @@ def test_a_worker_that_is_killed_after_the_last_step_is_named_too(train, monkeyp
     monkeypatch.setattr(mlm_trainer.MlmTrainer, busy, killed)
     with pytest.raises(RuntimeError, match="died: .*Killed.*(--resume_from.* last|--overwrite)"):
         train(dataloader_num_workers=1, save_steps=1000)
+
+
+def test_a_death_that_torch_hears_of_while_it_is_told_is_told(train, monkeypatch):
+    """A worker that is read from is missed twice: by its pipe, and a moment later by a signal."""
+    way_on, calls = recipe_trainer.way_on, []
+
+    def interrupted(args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        return way_on(args)
+
+    def cut_off(*args):
+        raise EOFError
+
+    monkeypatch.setattr(recipe_trainer, "way_on", interrupted)
+    monkeypatch.setattr(Trainer, "get_batch_samples", cut_off)
+    with pytest.raises(RuntimeError, match="loads rows died: EOFError. Repeat the command"):
+        train(dataloader_num_workers=1)
 
 
 def test_an_error_inside_a_worker_stays_what_it_is(train, monkeypatch):
