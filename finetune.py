@@ -93,8 +93,8 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
     trainer.accelerator.print(
         f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"
     )
-    found = {}
     seconds = trainer.train().metrics["train_runtime"]
+    found = {}
     for suffix, split in task.validation.items():
         output = trainer.predict(rows[split])
         values = metrics(output.predictions, output.label_ids)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a training run that are known to be whole, and the one that a run resumes from."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -9,24 +8,19 @@ import torch.distributed
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from mosaic_tools.files import check_folder, is_of_writing, read_json
+from mosaic_tools.files import check_folder, read_json, writing
 from mosaic_tools.recipe import RecipeArguments
 
 COMPLETE = "complete.json"
 
 
-@contextlib.contextmanager
 def saving(what: str, args: RecipeArguments):
-    """OSError: writing fails, be it for a full disk; it says what is intact and how to go on."""
-    try:
-        yield
-    except Exception as error:
-        if not is_of_writing(error):
-            raise
-        raise OSError(
-            f"{what} could not be written to {args.output_dir}: {error}. Make room, or mend what "
-            f"is named. {way_on(args)}"
-        ) from error
+    """`writing` to the output folder; the error says what is intact and how to go on."""
+    return writing(
+        what,
+        f" to {args.output_dir}",
+        lambda: f"Make room, or mend what is named. {way_on(args)}",
+    )
 
 
 def way_on(args: RecipeArguments) -> str:

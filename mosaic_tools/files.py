@@ -4,9 +4,12 @@ is written needs a folder, and room."""
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 
 from safetensors import SafetensorError
+
+NOTHING_LEFT = "Nothing is left of it. Make room, or mend what is named, then repeat the command"
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -38,17 +41,15 @@ def check_folder(path: str | Path):
 
 
 @contextlib.contextmanager
-def writing(what: str):
-    """For what is written to a temporary folder. OSError: writing fails, be it for a full disk."""
+def writing(what: str, where: str = "", advice: Callable[[], str] = lambda: NOTHING_LEFT):
+    """OSError: writing fails, be it for a full disk. `advice` is asked then what to say of it; the
+    default is that of what is written to a temporary folder."""
     try:
         yield
     except Exception as error:
         if not is_of_writing(error):
             raise
-        raise OSError(
-            f"{what} could not be written: {error}. Nothing is left of it. Make room, or mend what "
-            "is named, then repeat the command"
-        ) from error
+        raise OSError(f"{what} could not be written{where}: {error}. {advice()}") from error
 
 
 def is_of_writing(error: Exception) -> bool:

@@ -135,6 +135,16 @@ def survives(disk, run, run_again, message, results="model.safetensors", check=l
     print(f"the disk was full at {filled} of {len(sizes)} files")
 
 
+def survives_or_leaves_nothing(disk, run):
+    """As `survives`, of what has its folder whole or not at all: the same command is for both."""
+
+    def nothing_is_left():
+        assert not disk.files()
+
+    message = "Nothing is left of it. Make room"
+    survives(disk, run, run, message, results="", check=nothing_is_left)
+
+
 def test_pretraining(disk, call, vocab, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     values = {"max_steps": 6, "tokenizer_name": vocab, "output_dir": disk.path / "out"}
@@ -185,18 +195,7 @@ def test_finetuning(disk, call, golden, tmp_path):
 
 def test_conversion(disk, call, vocab):
     words = (GOLDENS / "mosaic_tiny", disk.path / "out", "--tokenizer", vocab)
-
-    def nothing_is_left():
-        assert not disk.files()
-
-    survives(
-        disk,
-        lambda: call(convert_weights, *words),
-        lambda: call(convert_weights, *words),
-        "Nothing is left of it. Make room",
-        results="",
-        check=nothing_is_left,
-    )
+    survives_or_leaves_nothing(disk, lambda: call(convert_weights, *words))
 
 
 def test_a_former_conversion_outlives_the_one_that_does_not_fit(disk, call, vocab):
@@ -215,15 +214,4 @@ def test_prepared_data(disk, call, vocab, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     values = {key: RUN[key] for key in ("train_file", "validation_split", "max_seq_length")}
     words = flags(**values, tokenizer_name=vocab, prepared_data=disk.path / "rows")
-
-    def nothing_is_left():
-        assert not disk.files()
-
-    survives(
-        disk,
-        lambda: call(prepare_data, *words),
-        lambda: call(prepare_data, *words),
-        "Nothing is left of it. Make room",
-        results="",
-        check=nothing_is_left,
-    )
+    survives_or_leaves_nothing(disk, lambda: call(prepare_data, *words))
