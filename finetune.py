@@ -39,6 +39,7 @@ from mosaic_tools.devices import (
     prepare_environment,
     use_all_cores,
 )
+from mosaic_tools.files import write_json
 from mosaic_tools.glue_tasks import GLUE, TASKS, Task, eval_results, metrics
 from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from mosaic_tools.publishing import hub_id, publish
@@ -53,7 +54,6 @@ from mosaic_tools.runs import (
     finished_runs,
     plan,
     table,
-    write_json,
 )
 
 

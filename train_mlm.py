@@ -28,12 +28,12 @@ from mosaic_tools.devices import (
     prepare_environment,
     use_all_cores,
 )
-from mosaic_tools.encoding import load_rows, size
 from mosaic_tools.family import is_ours
 from mosaic_tools.mlm_trainer import MlmTrainer, build_model
 from mosaic_tools.publishing import hub_id, publish
 from mosaic_tools.recipe import DataArguments, parse
 from mosaic_tools.recipe_trainer import reading_rows, train_and_save
+from mosaic_tools.rows import load_rows, size
 
 
 def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:

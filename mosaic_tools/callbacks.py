@@ -53,7 +53,7 @@ class Throughput(TrainerCallback):
         self.reset()
 
     def reset(self):
-        self.counted, self.seconds = None, 0.0
+        self.counted, self.seconds, self.waited = None, 0.0, 0.0
         self.places = self.rows = self.sequences = 0
 
     def count(self, inputs: dict[str, Tensor]):
@@ -71,6 +71,14 @@ class Throughput(TrainerCallback):
         self.rows += len(labels)
         self.sequences += len(lengths)
 
+    def waiting_for(self, batches):
+        """The batches; how long each takes to come counts as waiting."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
         self.seconds += now - (self.since or now)
@@ -82,19 +90,22 @@ class Throughput(TrainerCallback):
     on_train_begin = on_evaluate = on_save = restart_clock
 
     def report(self, accelerator) -> dict[str, float]:
-        """Figures since the last report, of all processes together; the peak memory is this one's,
-        evaluations included. Every process must call it."""
+        """Figures since the last report, of all processes together; the share of time that went by
+        waiting for data is that of the process that waited longest, and the peak memory is this
+        one's, evaluations included. Every process must call it."""
         if self.counted is None or not self.seconds:
             return {}
         known = self.counted.new_tensor([self.places, self.rows, self.sequences])
         counts = torch.cat([self.counted, known]).to(accelerator.device)
         counts = accelerator.reduce(counts, "sum").tolist()
+        waited = torch.tensor([self.waited / self.seconds], device=accelerator.device)
         tokens, _, _, places, rows, sequences = counts
         figures = {
             "tokens_per_second": tokens / self.seconds,
             "samples_per_second": rows / self.seconds,
             "mean_length": tokens / sequences,
             "padding_share": 1 - tokens / places,
+            "data_wait_share": accelerator.gather(waited).max().item(),
         }
         if self.peak_tflops:
             flop = float(self.flop @ torch.tensor(counts[:3], dtype=torch.float64))
@@ -195,6 +206,8 @@ OF_PRETRAINING = {
     "masked tokens guessed": ("eval_masked_accuracy", "eval_commonest_token_accuracy"),
     "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",),
+    "share of time": ("data_wait_share",),
+    "share of positions": ("padding_share",),
 }
 OF_EMBEDDINGS = {
     "loss (nats)": ("loss",),
@@ -205,6 +218,8 @@ NAMES = {
     "eval_loss": "held out",
     "eval_masked_accuracy": "the model",
     "eval_commonest_token_accuracy": "always the commonest token",
+    "data_wait_share": "waiting for data",
+    "padding_share": "padding",
     "eval_cosine_ndcg@10": "nDCG@10",
     "eval_cosine_mrr@10": "MRR@10",
     "eval_spearman_cosine": "Spearman correlation",
@@ -233,7 +248,7 @@ def draw_training(
         axes.set_ylabel(label)
         axes.set_ylim(bottom=None if "loss" in label else 0)
         axes.grid(alpha=0.3)
-        if len(keys) > 1:
+        if len(keys) > 1 or "share" in label:
             axes.legend()
     for axes in figure.axes[-2:]:
         axes.set_xlabel("step")

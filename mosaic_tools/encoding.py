@@ -1,110 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From documents to rows of token ids, cut or packed, and the folders that prepare_data.py
-writes."""
+"""From documents to rows of token ids, cut or packed."""
 
 import bisect
+import copy
 import functools
 import json
-import shutil
-import zlib
-from pathlib import Path
+import re
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 
-from mosaic_tools.corpus import column_names, is_stream, load_documents, parallel
-from mosaic_tools.files import check_folder, writing
-from mosaic_tools.recipe import DataArguments, TokenizerArguments
-from mosaic_tools.tokenization import (
-    BLOCK,
-    choose_tokenizer,
-    has_vocabulary_of,
-    largest_id,
-    load_tokenizer,
-    make_tokenizer_portable,
-)
+from mosaic_tools.corpus import column_names, is_stream, parallel
+from mosaic_tools.recipe import DataArguments
+from mosaic_tools.tokenization import largest_id
 
-
-def load_rows(data: DataArguments, tokenizer_args: TokenizerArguments, name, args):
-    """(training rows, held-out rows, tokenizer).
-
-    Args:
-        name: of the tokenizer, None to train one.
-
-    Raises:
-        ValueError: prepared rows were made with other entries than that tokenizer's.
-    """
-    # The main process fills the caches of data, the others read them.
-    with args.main_process_first():
-        if data.prepared_data:
-            rows = load_prepared(data)
-            if name and not has_vocabulary_of(name, rows[-1]):
-                raise ValueError(
-                    f"{data.prepared_data} was prepared with another tokenizer than {name}: leave "
-                    "out --tokenizer_name, or prepare again"
-                )
-            return rows
-        train, validation = load_documents(data)
-    tokenizer = choose_tokenizer(name, tokenizer_args, train, data.text_column)
-    with args.main_process_first():
-        train, validation = (encode(x, data, tokenizer, args.seed) for x in (train, validation))
-    return train, validation, tokenizer
+# Documents that are tokenized, and packed, together: a worker that reads a stream delivers nothing
+# while it tokenizes them.
+DOCUMENTS, OF_STREAM = 1000, 250
+# Texts that the library tokenizes at a time: what it keeps of more falls out of the cache.
+TEXTS = 64
+# Where a text may be cut in parts that are tokenized by themselves: before white space and, in
+# Chinese and Japanese, behind punctuation.
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \n\t\r])|(?<=[，、。；！？])(?=[ぁ-ヿ一-鿿])")
+# What a tokenizer is made of that allows it: it never joins what is on both sides, and where it
+# changes characters, it looks at one and its combining marks only.
+SPLITTING = {"BertPreTokenizer", "ByteLevel", "Whitespace"}
+LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
 
-def encode(documents, args: DataArguments, tokenizer, seed: int = 0):
+def encode(documents, args: DataArguments, tokenizer):
     """Documents as rows: `input_ids`, and with `pack` the `lengths` of the documents in them.
 
-    Rows have at most max_seq_length tokens. A stream's are shuffled in blocks of 10,000 documents;
-    datasets that are no streams keep their order, as Trainer shuffles them.
+    Rows have at most max_seq_length tokens, and are in the order of the documents.
     """
-    id_type = datasets.Value("uint16" if largest_id(tokenizer) < 2**16 else "int32")
-    columns = {"input_ids": id_type} | ({"lengths": datasets.Value("int32")} if args.pack else {})
-    features = datasets.Features({name: datasets.Sequence(x) for name, x in columns.items()})
     function = functools.partial(
-        encode_batch,
-        tokenizer=tokenizer,
-        column=args.text_column,
-        capacity=args.max_seq_length,
-        packed=args.pack,
-        shuffle_seed=seed if is_stream(documents) else None,
+        encode_batch, encoder=Encoder(tokenizer, args), column=args.text_column
     )
-    options = {"batched": True, "remove_columns": column_names(documents), "features": features}
+    options = {"batched": True, "remove_columns": column_names(documents)}
+    options["features"] = features(tokenizer, args)
     if is_stream(documents):
-        return documents.map(function, batch_size=BLOCK, **options)
+        return documents.map(function, batch_size=OF_STREAM, **options)
     options |= parallel(documents, args.preprocessing_num_workers)
-    rows = documents.map(function, desc="Tokenizing", **options)
+    rows = documents.map(function, batch_size=DOCUMENTS, desc="Tokenizing", **options)
+    check_not_empty(rows, args)
+    return rows
+
+
+def check_not_empty(rows, args: DataArguments):
     if not len(rows):
         raise ValueError(
             f"{args.source()}: no text is left for training or for evaluation; give more of it, a "
             f"--validation_file, or another --validation_split than {args.validation_split:g}"
         )
-    return rows
 
 
-def encode_batch(batch, tokenizer, column, capacity, packed, shuffle_seed):
+def features(tokenizer, args: DataArguments) -> datasets.Features:
+    """The columns of `encode`'s rows: two bytes a token, where the vocabulary allows."""
+    id_type = datasets.Value(id_dtype(tokenizer).__name__)
+    columns = {"input_ids": id_type} | ({"lengths": datasets.Value("int32")} if args.pack else {})
+    return datasets.Features({name: datasets.Sequence(x) for name, x in columns.items()})
+
+
+def id_dtype(tokenizer) -> type:
+    return np.uint16 if largest_id(tokenizer) < 2**16 else np.int32
+
+
+def encode_batch(batch: dict, encoder: "Encoder", column: str) -> dict[str, list[np.ndarray]]:
     """Columns of `encode`'s rows. Packed, documents longer than a row go on in another."""
-    texts = batch[column]
-    pieces = tokenizer(
-        texts,
-        truncation=True,
-        max_length=capacity,
-        return_overflowing_tokens=packed,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )["input_ids"]
-    rows = pack(pieces, capacity) if packed else [[piece] for piece in pieces]
-    if shuffle_seed is not None:
-        # The same block is shuffled alike when a resumed run reads it again.
-        generator = np.random.default_rng([shuffle_seed, zlib.crc32(texts[0].encode())])
-        rows = [rows[i] for i in generator.permutation(len(rows))]
-    columns = {"input_ids": [[token for piece in row for token in piece] for row in rows]}
-    return columns | (
-        {"lengths": [[len(piece) for piece in row] for row in rows]} if packed else {}
+    pieces = encoder(batch[column])
+    if not encoder.packs:
+        return {"input_ids": pieces}
+    rows = pack(pieces, encoder.capacity)
+    return {
+        "input_ids": [np.concatenate(row) for row in rows],
+        "lengths": [np.array([len(piece) for piece in row], np.int32) for row in rows],
+    }
+
+
+class Encoder:
+    """Ids of texts, to the bit those of `tokenizer(texts, truncation=True, max_length=capacity)`,
+    for packed rows with `return_overflowing_tokens=True`.
+
+    Where rows are cut, it tokenizes of a text no more than it takes to fill one: a beginning, and
+    what is missing then. Texts without a BOUNDARY, and those of other tokenizers than `can_be_cut`
+    knows, are tokenized whole.
+
+    Args:
+        tokenizer: a fast one.
+        args: max_seq_length, the capacity of a row in tokens, and pack.
+    """
+
+    def __init__(self, tokenizer, args: DataArguments):
+        self.capacity, self.packs = args.max_seq_length, args.pack
+        self.dtype = id_dtype(tokenizer)
+        # A copy: the library keeps in a tokenizer how it last cut and padded.
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.no_padding()
+        self.backend.enable_truncation(self.capacity, direction=tokenizer.truncation_side)
+        self.splits_special_tokens = tokenizer.split_special_tokens
+        # Of its template, [CLS] text [SEP], what is before a text and behind it.
+        example = self.backend.encode("a")
+        ids, mask = np.array(example.ids, self.dtype), example.special_tokens_mask
+        self.cuts = not self.packs and 0 in mask and can_be_cut(self.backend)
+        if self.cuts:
+            self.before, self.behind = ids[: mask.index(0)], ids[len(ids) - mask[::-1].index(0) :]
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """(tokens,) for each text, or for each piece of it where rows are packed."""
+        # Lost where a tokenizer is copied, or sent to another process.
+        self.backend.encode_special_tokens = self.splits_special_tokens
+        encode = self.beginnings if self.cuts else self.pieces
+        return [ids for i in range(0, len(texts), TEXTS) for ids in encode(texts[i : i + TEXTS])]
+
+    def pieces(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self.backend.encode_batch_fast(texts)
+        pieces = ((x, *x.overflowing) if self.packs else (x,) for x in encoded)
+        return [np.array(x.ids, self.dtype) for of_text in pieces for x in of_text]
+
+    def beginnings(self, texts: list[str]) -> list[np.ndarray]:
+        room = self.capacity - len(self.before) - len(self.behind)
+        ids = [np.empty(0, self.dtype)] * len(texts)
+        read, todo = [0] * len(texts), range(len(texts))
+        while todo:
+            parts = []
+            for i in todo:
+                # English has 4.6 characters a token; the second part goes by the first.
+                each = 1.1 * read[i] / len(ids[i]) if len(ids[i]) else 4
+                wanted = read[i] + 15 + int(each * (room - len(ids[i])))
+                boundary = BOUNDARY.search(texts[i], wanted)
+                end = boundary.start() if boundary else len(texts[i])
+                parts.append(texts[i][read[i] : end])
+                read[i] = end
+            encoded = self.backend.encode_batch_fast(parts, add_special_tokens=False)
+            for i, part in zip(todo, encoded, strict=True):
+                ids[i] = np.concatenate([ids[i], np.array(part.ids, self.dtype)])
+            todo = [i for i in todo if len(ids[i]) < room and read[i] < len(texts[i])]
+        return [np.concatenate([self.before, x[:room], self.behind]) for x in ids]
+
+
+def can_be_cut(backend) -> bool:
+    """Whether a text has the ids of its parts, cut at a BOUNDARY."""
+    of = json.loads(backend.to_str())
+    splits, changes = of["pre_tokenizer"] or {"type": None}, of["normalizer"]
+    changes = [] if changes is None else changes.get("normalizers", [changes])
+    return (
+        splits["type"] in SPLITTING
+        and splits.get("use_regex", True)
+        and not splits.get("add_prefix_space")
+        and all(x["type"] in LOCAL for x in changes)
+        # Tokens that are found before a text is split may reach over white space.
+        and not any(x["rstrip"] or BOUNDARY.search(x["content"]) for x in of["added_tokens"])
+        and of["truncation"]["direction"] == "Right"
     )
 
 
-def pack(pieces: list[list[int]], capacity: int) -> list[list[list[int]]]:
+def pack(pieces: list[np.ndarray], capacity: int) -> list[list[np.ndarray]]:
     """Pieces of at most `capacity` tokens in rows of at most as many, longest first, each where it
     leaves the least room (best fit decreasing)."""
     rows, rooms = [], []
@@ -116,72 +166,3 @@ def pack(pieces: list[list[int]], capacity: int) -> list[list[list[int]]]:
         rows[row].append(piece)
         bisect.insort(rooms, (room - len(piece), row))
     return rows
-
-
-def size(rows) -> str:
-    """Rows and tokens, in words."""
-    if is_stream(rows):
-        return "streamed"
-    batches = rows.with_format("arrow").iter(10_000)
-    tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
-    return f"{len(rows):,} rows, {tokens:,} tokens"
-
-
-# ---- prepared folders ----
-
-
-def check_new(folder: Path):
-    """ValueError: the folder is there already, or a file where it would have to be made."""
-    check_folder(folder)
-    if folder.exists():
-        raise ValueError(f"prepared_data {folder} is there already: choose another name")
-
-
-def save_prepared(folder: Path, train, validation, tokenizer, args: DataArguments):
-    """Writes rows, tokenizer and prepared.json; the folder has its name only once it is complete.
-
-    Raises:
-        ValueError: as `check_new`.
-        OSError: as `writing`.
-    """
-    check_new(folder)
-    facts = {
-        "source": args.source(),
-        "max_seq_length": args.max_seq_length,
-        "pack": args.pack,
-        "train": size(train),
-        "validation": size(validation),
-    }
-    partial = folder.with_name(f"{folder.name}.partial")
-    # Of a command that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with writing(f"prepared_data {folder}"):
-            datasets.DatasetDict(train=train, validation=validation).save_to_disk(partial)
-            tokenizer.save_pretrained(partial)
-            make_tokenizer_portable(partial, args.max_seq_length)
-            Path(partial, "prepared.json").write_text(json.dumps(facts, indent=2) + "\n")
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return facts
-
-
-def load_prepared(args: DataArguments):
-    """(training rows, held-out rows, tokenizer) of a folder that `save_prepared` wrote.
-
-    Raises:
-        ValueError: it is not such a folder, or its rows are not what the arguments ask for.
-    """
-    folder = Path(args.prepared_data)
-    if not Path(folder, "prepared.json").is_file():
-        raise ValueError(f"{folder} has no prepared.json: write it with prepare_data.py")
-    facts = json.loads(Path(folder, "prepared.json").read_text())
-    for name in ("max_seq_length", "pack"):
-        if facts[name] != getattr(args, name):
-            raise ValueError(
-                f"{folder} was prepared with {name} {facts[name]}, not {getattr(args, name)}: "
-                f"train with --{name} {facts[name]} or prepare again"
-            )
-    parts = datasets.load_from_disk(folder)
-    return parts["train"], parts["validation"], load_tokenizer(folder)

@@ -89,3 +89,11 @@ def read_json(file: Path, kind: type[dict] | type[list] = dict):
         expected = "an object" if kind is dict else "a list"
         raise ValueError(f"{file} holds a {type(found).__name__}, expected {expected}")
     return found
+
+
+def write_json(file: Path, values: dict):
+    """Writes in one step: the file is whole, or as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(file)

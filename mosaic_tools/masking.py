@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows of token ids to masked batches, and an endless stream of rows that can be resumed.
+"""From rows of token ids to masked batches.
 
 Legend: rows are what encoding.encode makes; batch, seqlen are the padded shape of a batch.
 """
 
-import copy
 import zlib
 
 import numpy as np
-import torch.utils.data
+import torch
 
 from bert_padding import pack_batch
 
@@ -32,7 +31,8 @@ class MaskingCollator:
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         self.vocab = len(tokenizer)
         # Text may hold unknown tokens; the others that are special are the template's.
-        self.special = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self.special = np.array(sorted(special))[:, None]
         # In shared memory, so that workers that are running see it change.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -78,43 +78,8 @@ class MaskingCollator:
         """(masked ids, labels) of one row, (tokens,) int64 as ids are."""
         generator = np.random.default_rng([self.seed, epoch, zlib.crc32(ids.tobytes())])
         draw = generator.random(len(ids)) / self.mlm_probability
-        draw[np.isin(ids, self.special)] = 1
+        draw[(ids == self.special).any(0)] = 1
         masked = np.where(draw < 0.8, self.mask_id, ids)
         is_random = (draw >= 0.8) & (draw < 0.9)
         masked[is_random] = generator.integers(self.vocab, size=is_random.sum())
         return masked, np.where(draw < 1, ids, -100)
-
-
-class EndlessStream(torch.utils.data.IterableDataset):
-    """Rows of a `datasets` stream, again and again; its place is in `state_dict`.
-
-    Args:
-        rows: the stream, already split by process. Loader workers share its files: it needs at
-            least one for each worker.
-    """
-
-    def __init__(self, rows):
-        self.rows = self.current = rows
-        self.epoch, self.place = 0, None
-
-    def __iter__(self):
-        while True:
-            # A new copy each time: a stream that was put in its place begins there each time, and
-            # its own epoch is shared by the workers, who are not in the same one.
-            self.current, empty = copy.deepcopy(self.rows), True
-            if self.place:
-                self.current.load_state_dict(self.place)
-                # It may have been the end of an epoch.
-                self.place, empty = None, False
-            for row in self.current:
-                empty = False
-                yield row | {"epoch": self.epoch}
-            if empty:
-                raise ValueError("the stream has no rows for this process: give it more files")
-            self.epoch += 1
-
-    def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "rows": self.current.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        self.epoch, self.place = state["epoch"], state["rows"]

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -17,9 +18,10 @@ from mosaic_tools.callbacks import Later, LogFile, MaskEpoch, StopOnSigterm, Thr
 from mosaic_tools.checkpoints import Checkpoints, newest_checkpoint
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
-from mosaic_tools.masking import EndlessStream, MaskingCollator
+from mosaic_tools.masking import MaskingCollator
 from mosaic_tools.recipe import DataArguments, ModelArguments
 from mosaic_tools.recipe_trainer import RecipeTrainer
+from mosaic_tools.shuffling import WINDOW, BlockShuffle, EndlessStream
 from mosaic_tools.tokenization import has_vocabulary_of, largest_id
 
 # Every evaluation masks the same tokens, whatever the training seed.
@@ -105,6 +107,7 @@ class MlmTrainer(RecipeTrainer):
         self.throughput = Throughput(model, args.peak_tflops)
         self.sigterm = StopOnSigterm()
         self.streams = is_stream(train_rows)
+        self.shuffle_buffer = data.shuffle_buffer
         # A stream is put back in its place, instead of reading again all that was read.
         args.ignore_data_skip = self.streams
         self.resumed_from = self.unchecked = None
@@ -144,12 +147,14 @@ class MlmTrainer(RecipeTrainer):
         rows = datasets.distributed.split_dataset_by_node(
             self.train_dataset, args.process_index, args.world_size
         )
+        # A worker needs a file of its own.
+        workers = min(args.dataloader_num_workers, rows.num_shards)
         loader = StatefulDataLoader(
-            EndlessStream(rows),
+            EndlessStream(rows, self.shuffle_buffer, args.seed),
             batch_size=args.train_batch_size,
             collate_fn=self.data_collator,
-            # A worker needs a file of its own.
-            num_workers=min(args.dataloader_num_workers, rows.num_shards),
+            num_workers=workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.dataloader_pin_memory,
             # Its own, or a resumed run would draw other dropout.
             generator=torch.Generator(),
@@ -165,9 +170,18 @@ class MlmTrainer(RecipeTrainer):
         finally:
             self.data_collator = training_collator
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, RandomSampler) or len(sampler) <= WINDOW:
+            return sampler
+        # In place of a list of all indices in each process.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BlockShuffle(len(sampler), seed, self.data_collator.epoch)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = self.throughput.waiting_for(epoch_iterator)
         # A stream's batches are still on the CPU; to move them later would wait for the device.
-        moved = (send_to_device(x, device, non_blocking=True) for x in epoch_iterator)
+        moved = (send_to_device(x, device, non_blocking=True) for x in batches)
         return super().get_batch_samples(moved, num_batches, device)
 
     def training_step(self, model, inputs, *args, **kwargs):

@@ -153,6 +153,7 @@ class DataArguments(SourceOfText):
         None, "folder that prepare_data.py writes, in place of the above and of a tokenizer"
     )
     streaming: bool = option(False, "read while training; needs max_steps")
+    shuffle_buffer: int = option(20_000, "rows of a stream that a loader's worker shuffles at once")
     text_column: str = "text"
     validation_split: float = option(5.0, "per cent held out if the data has no validation part")
     max_eval_documents: int = option(10_000, "documents that an evaluation reads at most")
@@ -169,7 +170,8 @@ class DataArguments(SourceOfText):
             raise ValueError(
                 f"max_seq_length is {self.max_seq_length}: [CLS], a token and [SEP] need at least 3"
             )
-        check_range(self, "max_eval_documents", "preprocessing_num_workers", least=1)
+        counts = ("max_eval_documents", "preprocessing_num_workers", "shuffle_buffer")
+        check_range(self, *counts, least=1)
         self.check_source()
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) < 1:
@@ -182,6 +184,10 @@ class DataArguments(SourceOfText):
         """Where the documents come from, in words."""
         if self.prepared_data and (facts := Path(self.prepared_data, "prepared.json")).is_file():
             return json.loads(facts.read_text())["source"]
+        return self.text_source()
+
+    def text_source(self) -> str:
+        """`source`, also of rows that are prepared from it just now."""
         return self.named_source() or "English text that CPython carries"
 
 

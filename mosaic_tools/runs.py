@@ -2,7 +2,6 @@
 """Runs of finetune.py, each a task with a seed: their arguments, the plan of those asked for, which
 refuses results of other settings, and the table of what they gave."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -176,14 +175,6 @@ def check_settings(finished: dict[Path, dict], name: str | None, settings: dict)
 
 
 # ---- results ----
-
-
-def write_json(file: Path, values: dict):
-    """Writes in one step: the file is whole, or as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(file)
 
 
 def read_results(folder: Path) -> dict[Path, dict]:

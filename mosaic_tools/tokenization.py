@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFa
 
 from mosaic_tools.recipe import TokenizerArguments
 
-# A tokenizer learns from at most so many documents, and a stream is shuffled in blocks of so many.
-TOKENIZER_DOCUMENTS, BLOCK = 200_000, 10_000
+# A tokenizer learns from at most so many documents.
+TOKENIZER_DOCUMENTS = 200_000
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -243,7 +243,18 @@ def test_floors_are_what_a_part_must_do_over_the_rates():
 def test_the_data_script_counts_million_tokens_a_second(monkeypatch):
     clock = FakeClock()
     monkeypatch.setattr(data, "time", clock)
-    assert data.rate(3_000_000, clock.takes(0.5)) == 6
+    assert data.median_rate(clock.takes(0.5, 3_000_000), 5) == 6
+
+
+def test_a_consumer_waits_while_its_batch_is_made(monkeypatch):
+    """Batches of a million tokens, each made in 3 s and, by two million a second, used in 0.5."""
+    clock = FakeClock()
+    clock.sleep = lambda seconds: clock.takes(seconds)()
+    batch = {"batch": {"cu_seqlens": torch.tensor([0, 10**6])}}
+    make = clock.takes(3, batch)
+    monkeypatch.setattr(data, "time", clock)
+    monkeypatch.setattr(data, "DataLoader", lambda *_, **__: (make() for _ in range(9)))
+    assert data.wait_share(None, None, 2, seconds=100) == pytest.approx(3 / 3.5, abs=1e-3)
 
 
 # The kernel's

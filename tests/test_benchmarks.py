@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, run_python
+from training import DOCUMENTS, run, write_vocab
 
 from benchmarks import half_precision, plot
 from benchmarks.learning import learning, pareto
 from benchmarks.records import command, environment, place, version
-from benchmarks.speed import clocks, compare, encoders, pretraining, profile_step
+from benchmarks.speed import clocks, compare, data, encoders, pretraining, profile_step
 from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 from mosaic_tools import devices
 
@@ -411,3 +412,28 @@ def test_a_toy_run_prints_records_and_a_table(words, cases):
         assert record.keys() >= {"device", "torch", "transformers", "commit", "date"}
         assert record["cpu_instructions"] == devices.cpu_instructions()
     assert any(not line.startswith("{") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, records",
+    [
+        ("data.py --train_file text.txt --tokenizer vocab.txt --repeats 1 --seconds 0.1", 18),
+        ("start.py --rows 100 5000", 4),
+    ],
+)
+def test_the_benchmarks_of_data_run_on_a_few_rows(tmp_path, words, records):
+    write_vocab(tmp_path / "vocab.txt", *DOCUMENTS[0].split())
+    (tmp_path / "text.txt").write_text("\n".join(text * 9 for text in DOCUMENTS * 9))
+    output = tmp_path / "records.jsonl"
+    run(tmp_path, *f"{ROOT}/benchmarks/speed/{words} --output {output}".split())
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(found) == records
+    rates = [row[way] for row in found for way in data.WAYS if way in row]
+    shares = [x for row in found for name, x in row.items() if name.endswith("wait_share")]
+    if words.startswith("data"):
+        assert len(rates) == 12 and min(rates) > 0
+        assert len(shares) == 30 and 0 <= min(shares) <= max(shares) <= 1
+    else:
+        assert [row["from_step"] for row in found] == [0, 35_000] * 2
+        assert all(row["seconds"] > 0 and row["megabytes"] >= 0 for row in found)

@@ -89,3 +89,18 @@ def test_the_peak_of_a_known_device(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert callbacks.known_peak(torch.device("cuda")) == peak
     assert callbacks.known_peak(SimpleNamespace(type="cpu")) is None
+
+
+def test_waiting_is_the_time_until_batches_come_and_no_other(model, monkeypatch):
+    clock = iter([1.0, 1.0, 4.0, 6.0, 7.0, 9.0, 11.0])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    throughput = Throughput(model, None)
+    throughput.on_train_begin(None, None, None)
+    # It begins at 1, has the first batch at 4, asks again at 6, has the second at 7 and is done
+    # with it at 9; the step ends at 11.
+    for _ in throughput.waiting_for([0, 1]):
+        throughput.count(batch_of([8, 4], seqlen=8, labels=3))
+    throughput.on_step_end(None, None, None)
+    figures = throughput.report(Accelerator(cpu=True))
+    assert figures["data_wait_share"] == pytest.approx((3 + 1) / 10)
+    assert throughput.waited == 0

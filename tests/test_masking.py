@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """masking.py: what is masked, how batches look, and streams that go on where they stopped."""
 
-import copy
-import itertools
-import pickle
-
-import datasets
 import numpy as np
-import pytest
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
-from training import DOCUMENTS, trained_tokenizer
 
-from mosaic_tools import tokenization
-from mosaic_tools.corpus import load_documents
-from mosaic_tools.encoding import encode
-from mosaic_tools.masking import EndlessStream, MaskingCollator
-from mosaic_tools.recipe import DataArguments
+from mosaic_tools.masking import MaskingCollator
 
 VOCAB, MASK, PAD, CLS, SEP = 1000, 4, 0, 2, 3
 
@@ -105,83 +93,3 @@ def test_packed_rows_have_positions_that_begin_anew():
     assert batch["batch"]["max_seqlen"] == 4
     labelled = batch["labels"].flatten()[batch["batch"]["indices"]] != -100
     assert batch["batch"]["labelled_indices"].tolist() == labelled.nonzero().flatten().tolist()
-
-
-@pytest.fixture
-def stream(tmp_path, monkeypatch):
-    """Makes a stream of two files of forty documents each."""
-    for i, name in enumerate(("a", "b")):
-        (tmp_path / f"{name}.txt").write_text("\n".join(DOCUMENTS[i * 40 : i * 40 + 40]))
-    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    tokenizer = trained_tokenizer()
-    # The stream is shuffled in more than one block.
-    monkeypatch.setattr(tokenization, "BLOCK", 30)
-
-    def make(packed=False):
-        documents = datasets.load_dataset("text", data_files=files, split="train", streaming=True)
-        args = DataArguments(max_seq_length=16, pack=packed)
-        return EndlessStream(encode(documents, args, tokenizer, seed=3))
-
-    return make
-
-
-def loader_of(stream, workers, batch_size=6):
-    return StatefulDataLoader(
-        stream, batch_size=batch_size, num_workers=workers, collate_fn=lambda rows: rows
-    )
-
-
-def test_a_stream_goes_to_workers_that_are_not_forked(tmp_path):
-    """As on macOS, and from Python 3.14 on: "Can't pickle local object"."""
-    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
-    args = DataArguments(train_file=[str(tmp_path / "text.txt")], streaming=True)
-    documents, _ = load_documents(args)
-    stream = EndlessStream(encode(documents, args, trained_tokenizer()))
-    sent = pickle.loads(pickle.dumps(stream))
-    first, expected = (list(itertools.islice(rows, 5)) for rows in (sent, stream))
-    assert first == expected and len(first) == 5
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["cut", "packed"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_where_it_was_saved(stream, workers, packed):
-    loader, read, places = loader_of(stream(packed), workers), [], []
-    for _, rows in zip(range(40), loader, strict=False):
-        read.append(rows)
-        # The loader goes on to change what it returns.
-        places.append(copy.deepcopy(loader.state_dict()))
-    # Again and again: 40 batches of 6 are three times the documents.
-    assert rows[0]["epoch"] >= 1
-    for place in (3, 13, 26):
-        resumed = loader_of(stream(packed), workers)
-        resumed.load_state_dict(places[place])
-        rest = [rows for _, rows in zip(range(39 - place), resumed, strict=False)]
-        assert rest == read[place + 1 :]
-
-
-def test_a_stream_saved_at_the_end_of_an_epoch_goes_on_with_the_next(stream):
-    """It was taken for one without rows."""
-    loader, read, places = loader_of(stream(), 0, batch_size=20), [], []
-    for _, rows in zip(range(8), loader, strict=False):
-        read.append(rows)
-        places.append(copy.deepcopy(loader.state_dict()))
-    resumed = loader_of(stream(), 0, batch_size=20)
-    resumed.load_state_dict(places[3])
-    assert [rows for _, rows in zip(range(4), resumed, strict=False)] == read[4:]
-    assert read[4][0]["epoch"] == 1
-
-
-def test_a_stream_is_complete_and_shuffled_alike_each_time(stream):
-    first, again = (
-        [tuple(row["input_ids"]) for _, row in zip(range(80), stream(), strict=False)]
-        for _ in range(2)
-    )
-    assert first == again and len(set(first)) == 80
-    # In the files' order, the third token, an age, changes four times.
-    assert sum(a[2] != b[2] for a, b in itertools.pairwise(first)) > 20
-
-
-def test_an_empty_stream_is_refused_instead_of_read_for_ever():
-    nothing = datasets.Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="the stream has no rows"):
-        next(iter(EndlessStream(nothing.filter(lambda row: False))))

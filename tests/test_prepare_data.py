@@ -2,10 +2,11 @@
 """prepare_data.py: documents of every kind, tokenizers, rows, and prepared folders."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,9 @@ from training import DOCUMENTS, trained_tokenizer, write_vocab
 from transformers import PreTrainedTokenizerFast
 
 import prepare_data
-from mosaic_tools import corpus, embedded_text, encoding, tokenization
+from mosaic_tools import corpus, embedded_text, encoding, prepared, preparing, tokenization
 from mosaic_tools.recipe import DataArguments, TokenizerArguments
+from mosaic_tools.rows import load_rows, main_process_first, size
 
 
 @pytest.fixture(autouse=True)
@@ -148,46 +150,60 @@ def test_packed_rows_hold_whole_documents_and_long_ones_go_on():
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["cut", "packed"])
-def test_a_prepared_folder_holds_what_training_would_have_made(tmp_path, packed, monkeypatch):
+def test_a_prepared_folder_holds_what_training_would_have_made(
+    tmp_path, packed, monkeypatch, capsys
+):
     path = write_documents(tmp_path, ".txt")
     words = ["--train_file", path, "--vocab_size", "100", "--max_seq_length", "16"]
     words += ["--prepared_data", str(tmp_path / "rows"), *(["--pack"] if packed else [])]
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *words])
     prepare_data.main()
+    said = json.loads(capsys.readouterr().out)
     args = DataArguments(max_seq_length=16, pack=packed, prepared_data=str(tmp_path / "rows"))
-    train, validation, tokenizer = encoding.load_prepared(args)
+    train, validation, tokenizer = prepared.load_prepared(args)
     documents = corpus.load_documents(DataArguments(train_file=[path]))
     for rows, expected in zip((train, validation), documents, strict=True):
         assert len(rows)
         assert rows[:] == encoding.encode(expected, args, tokenizer)[:]
-    facts = json.loads((tmp_path / "rows" / "prepared.json").read_text())
     tokens = sum(map(len, train["input_ids"]))
-    assert facts["train"] == f"{len(train)} rows, {tokens} tokens" == encoding.size(train)
+    assert said["train"] == f"{len(train)} rows, {tokens} tokens" == size(train)
+    assert args.source() == said["source"] == "rows.txt"
     # Others cut and pad by it, whether rows were encoded just now or had been before.
     written = json.loads((tmp_path / "rows" / "tokenizer.json").read_text())
     assert written["truncation"] is None and written["padding"] is None
 
-    with pytest.raises(ValueError, match="rows is there already: choose another name"):
-        prepare_data.main()
-    with pytest.raises(ValueError, match="prepared with max_seq_length 16, not 128"):
-        encoding.load_prepared(dataclasses.replace(args, max_seq_length=128))
-    (tmp_path / "rows" / "prepared.json").unlink()
-    with pytest.raises(ValueError, match="rows has no prepared.json"):
-        encoding.load_prepared(args)
-
 
 def test_training_refuses_another_tokenizer_than_its_rows_were_prepared_with(tmp_path):
-    tokenizer, other = trained_tokenizer(), tmp_path / "other"
+    other, text = tmp_path / "other", write_documents(tmp_path, ".txt")
     trained_tokenizer(vocab_size=60).save_pretrained(other)
-    args = DataArguments(max_seq_length=16, prepared_data=str(tmp_path / "rows"))
-    documents = datasets.Dataset.from_dict({"text": DOCUMENTS})
-    rows = encoding.encode(documents, args, tokenizer)
-    encoding.save_prepared(tmp_path / "rows", rows, rows, tokenizer, args)
-    process = SimpleNamespace(main_process_first=contextlib.nullcontext)
+    args = DataArguments(train_file=[text], max_seq_length=16, prepared_data=str(tmp_path / "rows"))
+    preparing.prepare(args, TokenizerArguments(vocab_size=100), None)
+    whole = prepared.load_prepared(args)[0]
     for same in (None, args.prepared_data):
-        assert encoding.load_rows(args, TokenizerArguments(), same, process)[0][:] == rows[:]
+        assert load_rows(args, TokenizerArguments(), same, None)[0][:] == whole[:]
     with pytest.raises(ValueError, match="rows was prepared with another tokenizer than .*other"):
-        encoding.load_rows(args, TokenizerArguments(), str(other), process)
+        load_rows(args, TokenizerArguments(), str(other), None)
+
+
+def test_processes_do_not_wait_for_ever_for_one_that_tokenizes(monkeypatch):
+    """They died after 30 minutes, of a timeout that named neither data nor remedy."""
+    words = ["train_mlm.py", "recipe.yaml", "--train_file", "my text.txt"]
+    monkeypatch.setattr(sys, "argv", words)
+    process = SimpleNamespace(
+        ddp_timeout=2, world_size=8, process_index=0, main_process_first=contextlib.nullcontext
+    )
+    before = signal.getsignal(signal.SIGALRM)
+    message = "7 process.* waited 1 s.*--ddp_timeout 4"
+    with pytest.raises(TimeoutError, match=message) as e, main_process_first(process):
+        time.sleep(20)
+    command = "python prepare_data.py recipe.yaml --train_file 'my text.txt' --prepared_data NEW"
+    assert command in str(e.value)
+    assert signal.getsignal(signal.SIGALRM) == before
+    # What is ready in time goes on, and so do those who wait, and who has nobody waiting.
+    for values in ({}, {"process_index": 1}, {"world_size": 1}):
+        with main_process_first(SimpleNamespace(**vars(process) | values)):
+            assert bool(signal.getitimer(signal.ITIMER_REAL)[0]) == (not values)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_shards_of_a_streaming_dataset_are_read_by_its_library(tmp_path, monkeypatch):
@@ -234,7 +250,7 @@ def test_a_recipe_that_streams_is_prepared_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "recipe.yaml", *words])
     prepare_data.main()
-    train, validation, _ = encoding.load_prepared(DataArguments(prepared_data="rows"))
+    train, validation, _ = prepared.load_prepared(DataArguments(prepared_data="rows"))
     assert len(train) + len(validation) == len(DOCUMENTS)
 
 

@@ -108,7 +108,7 @@ def test_the_log_says_how_fast_and_how_full(trained):
 
 def test_the_picture_shows_the_curves(trained):
     pixels = matplotlib.image.imread(trained.folder / "training.png")
-    assert pixels.shape[:2] == (720, 1080) and pixels.std() > 0.05
+    assert pixels.shape[:2] == (1080, 1080) and pixels.std() > 0.05
     assert "(training.png)" in (trained.folder / "README.md").read_text()
 
 

@@ -62,7 +62,7 @@ from benchmarks.learning.ablations import SWAPS, model_module
 from benchmarks.learning.pareto_results import AXES, draw, summary
 from benchmarks.learning.side_by_side import at_a_time, curve, run, words_of
 from benchmarks.records import RESULTS, ROOT, environment, place, print_table
-from mosaic_tools.encoding import load_prepared, save_prepared
+from mosaic_tools.prepared import begin, load_prepared, shard_files, write_shard
 from mosaic_tools.recipe import DataArguments
 
 OLD = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "mlm_probability": 0.15}
@@ -99,7 +99,13 @@ def long_rows(args) -> Path:
         _, validation, other = load_prepared(data_of(args.prepared_data))
         if tokenizer.get_vocab() != other.get_vocab():
             raise SystemExit(f"prepare the long rows with --tokenizer_name {args.prepared_data}")
-        save_prepared(folder, train, validation, tokenizer, data_of(args.prepared_long))
+        data = data_of(args.prepared_long)
+        facts = {"source": data.source(), "max_seq_length": data.max_seq_length, "pack": data.pack}
+        facts = begin(folder, tokenizer, facts | {"shards": 1}, data.max_seq_length)
+        for part, rows in (("train", train), ("validation", validation)):
+            (file,) = shard_files(folder, part, 1)
+            tables = rows.with_format("arrow").iter(10_000)
+            write_shard(file, facts, rows.features.arrow_schema, tables)
     return folder
 
 

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared folders: rows in shards, each of which is known to be whole.
+
+    prepared.json                what the rows were made of, and how many shards there are
+    tokenizer.json, ...          the tokenizer
+    train-00012-of-01024.arrow   rows, an Arrow stream that is read by memory map
+    train-00012-of-01024.json    its rows, tokens and bytes, and a copy of prepared.json; it is
+                                 written last: a shard that has it is whole
+    validation-00000-of-00001.*  the held-out rows
+
+Shards that several machines made are copied into one folder. `datasets` reads them too:
+load_dataset("arrow", data_files="FOLDER/train-*.arrow").
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from mosaic_tools.family import listed
+from mosaic_tools.files import check_folder, read_json, write_json, writing
+from mosaic_tools.recipe import DataArguments
+from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
+
+FACTS = "prepared.json"
+REPEAT = "repeat the command that prepared it, which makes what is missing"
+
+
+def facts_of(folder: Path) -> dict | None:
+    """What a folder was made of, None if there is no prepared.json.
+
+    Raises:
+        ValueError: it was written before there were shards.
+    """
+    if not (folder / FACTS).is_file():
+        return None
+    facts = read_json(folder / FACTS)
+    if "shards" not in facts:
+        raise ValueError(f"{folder} was prepared by an earlier version: prepare it again")
+    return facts
+
+
+def check_begun(folder: Path, facts: dict):
+    """ValueError: the folder has files that are no rows, or rows that were made of something
+    else."""
+    check_folder(folder)
+    begun = facts_of(folder)
+    if begun is None and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"prepared_data {folder} is there already: choose another name")
+    for name, value in facts.items():
+        if begun and begun.get(name) != value:
+            raise ValueError(
+                f"{folder} was begun with {name} {begun.get(name)}, not {value}: choose another "
+                "--prepared_data, or go on with the command that began it"
+            )
+
+
+def begin(folder: Path, tokenizer, facts: dict, max_seq_length: int) -> dict:
+    """Makes a folder to write shards to, unless it is begun.
+
+    Args:
+        tokenizer: the folder's own where it is begun.
+        facts: what rows depend on, as JSON has it, and `shards`, how many there are to train on.
+
+    Returns:
+        The facts, and of the tokenizer a digest.
+
+    Raises:
+        ValueError: as `check_begun`.
+        OSError: the folder cannot be written.
+    """
+    check_begun(folder, facts)
+    if facts_of(folder) is None:
+        # In one step, in which a machine that shares the disk may be faster.
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        try:
+            with writing(f"prepared_data {folder}"):
+                tokenizer.save_pretrained(partial)
+                make_tokenizer_portable(partial, max_seq_length)
+                write_json(partial / FACTS, facts | {"tokenizer": digest(partial)})
+                if facts_of(folder) is None:
+                    partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        check_begun(folder, facts)
+    return facts_of(folder)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def shard_files(folder: Path, part: str, shards: int) -> list[Path]:
+    """Where the shards of a part are, train or validation."""
+    return [folder / f"{part}-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+
+
+def write_shard(file: Path, facts: dict, schema: pa.Schema, tables: Iterable[pa.Table]):
+    """Writes tables of rows to a shard, which has its name only once it is whole.
+
+    Raises:
+        OSError: it cannot be written; what the folder has stays.
+    """
+    rows = tokens = 0
+    # Another process of a run that was killed may still write its own.
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    for left_over in file.parent.glob(f"{file.name}.*.partial"):
+        left_over.unlink(missing_ok=True)
+    advice = "What is whole stays. Make room, or mend what is named, then repeat the command"
+    try:
+        with writing(str(file), advice=lambda: advice):
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for table in tables:
+                    writer.write_table(table)
+                    rows, tokens = rows + len(table), tokens + tokens_of(table)
+            partial.replace(file)
+            counts = {"rows": rows, "tokens": tokens, "bytes": file.stat().st_size}
+            write_json(file.with_suffix(".json"), counts | {"made_of": facts})
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def tokens_of(table: pa.Table) -> int:
+    """Without reading them: a batch of rows knows where its last one ends."""
+    return sum(len(batch.flatten()) for batch in table["input_ids"].chunks)
+
+
+def what_is_torn(file: Path) -> str | None:
+    """Why a shard is not whole, None if it is."""
+    counts = read_json(file.with_suffix(".json"))
+    if not file.is_file() or not counts:
+        return f"{file.name} is missing" if not file.is_file() else f"{file.name} is not finished"
+    if file.stat().st_size != counts["bytes"]:
+        return f"{file.name} has {file.stat().st_size:,} bytes of {counts['bytes']:,}"
+    return None
+
+
+def check_origin(file: Path, facts: dict):
+    """ValueError: the shard, if it is there, was made of something else."""
+    made_of = read_json(file.with_suffix(".json")).get("made_of", facts)
+    if different := [name for name, value in facts.items() if made_of.get(name) != value]:
+        theirs = ", ".join(f"{name} {made_of.get(name)}, not {facts[name]}" for name in different)
+        raise ValueError(f"{file} was made with {theirs}: move it away, then {REPEAT}")
+
+
+def load_prepared(args: DataArguments):
+    """(training rows, held-out rows, tokenizer) of a folder that prepare_data.py wrote.
+
+    Raises:
+        ValueError: it is not such a folder, or its rows are not what the arguments ask for; a shard
+            is missing, torn, or was made of something else.
+    """
+    folder = Path(args.prepared_data)
+    if not (facts := facts_of(folder)):
+        raise ValueError(f"{folder} has no {FACTS}: write it with prepare_data.py")
+    for name in ("max_seq_length", "pack"):
+        if facts[name] != getattr(args, name):
+            raise ValueError(
+                f"{folder} was prepared with {name} {facts[name]}, not {getattr(args, name)}: "
+                f"train with --{name} {facts[name]} or prepare again"
+            )
+    if digest(folder) != facts["tokenizer"]:
+        raise ValueError(
+            f"{folder}/tokenizer.json is not the one that the rows were made with: put that back, "
+            "or prepare again"
+        )
+    parts = [shard_files(folder, *x) for x in (("train", facts["shards"]), ("validation", 1))]
+    for file in sum(parts, []):
+        check_origin(file, facts)
+    if torn := [reason for file in sum(parts, []) if (reason := what_is_torn(file))]:
+        raise ValueError(f"{folder} is not complete: {listed(torn)}; {REPEAT}")
+    return *map(read_part, parts), load_tokenizer(folder)
+
+
+def read_part(files: list[Path]) -> datasets.Dataset:
+    parts = []
+    for file in files:
+        try:
+            parts.append(datasets.Dataset.from_file(str(file)))
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{file} is no Arrow stream: {error}; delete it, then {REPEAT}"
+            ) from error
+    return datasets.concatenate_datasets(parts)
