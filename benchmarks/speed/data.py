@@ -47,6 +47,8 @@ from mosaic_tools.tokenization import existing_tokenizer
 
 WAYS = ("whole", "prepare", "prepared", "streamed")
 SETTINGS = [(128, False), (512, False), (512, True)]
+# Of a stream, in rows: full long before the documents end, which they do sooner than elsewhere.
+BUFFER = 500
 # Million tokens a second.
 PACES = (0.25, 0.5, 1, 2, 4)
 
@@ -72,6 +74,8 @@ class Ways:
     def __init__(self, documents, tokenizer, args: DataArguments, folder: Path):
         self.documents, self.tokenizer, self.args = documents, tokenizer, args
         self.file = folder / "train-00000-of-00001.arrow"
+        schema = features(tokenizer, args).arrow_schema
+        self.make = Maker(documents, Encoder(tokenizer, args), "text", schema, [], {})
         self.collate = MaskingCollator(tokenizer, 0.3, seed=0, unpads=True)
 
     def whole(self) -> int:
@@ -88,10 +92,8 @@ class Ways:
 
     def prepare(self) -> int:
         made = []
-        schema = features(self.tokenizer, self.args).arrow_schema
-        make = Maker(self.documents, Encoder(self.tokenizer, self.args), "text", schema, [], {})
-        tables = make.tables(self.documents, lambda documents, tokens: made.append(tokens))
-        write_shard(self.file, {}, schema, tables)
+        tables = self.make.tables(self.documents, lambda documents, tokens: made.append(tokens))
+        write_shard(self.file, {}, self.make.schema, tables)
         return sum(made)
 
     def prepared_rows(self):
@@ -106,7 +108,7 @@ class Ways:
 
     def streamed_rows(self):
         rows = encode(self.documents.to_iterable_dataset(), self.args, self.tokenizer)
-        return EndlessStream(rows, self.args.shuffle_buffer, seed=0)
+        return EndlessStream(rows, BUFFER, seed=0)
 
     def streamed(self, batch_size: int = 64) -> int:
         rows, tokens = self.streamed_rows().one_epoch(), 0
@@ -121,9 +123,10 @@ def tokens_of(batch: dict) -> int:
 
 def wait_share(rows, collate, pace: float, seconds: float) -> float:
     """Of the time of a consumer of `pace` million tokens a second, the share in which it waits for
-    the one worker of a loader; the first batch, for which every run waits, is left out."""
+    the one worker of a loader. The first batches are left out, for which every run waits."""
     batches = iter(DataLoader(rows, 64, collate_fn=collate, num_workers=1))
-    next(batches)
+    for _ in range(2 * BUFFER // 64):
+        next(batches, None)
     began = time.perf_counter()
     waited = 0.0
     while (since := time.perf_counter()) < began + seconds:
