@@ -432,7 +432,7 @@ def test_the_benchmarks_of_data_run_on_a_few_rows(tmp_path, words, records):
     rates = [row[way] for row in found for way in data.WAYS if way in row]
     shares = [x for row in found for name, x in row.items() if name.endswith("wait_share")]
     if words.startswith("data"):
-        assert len(rates) == 12 and min(rates) > 0
+        assert len(rates) == 15 and min(rates) > 0
         assert len(shares) == 30 and 0 <= min(shares) <= max(shares) <= 1
     else:
         assert [row["from_step"] for row in found] == [0, 35_000] * 2

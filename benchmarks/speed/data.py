@@ -5,8 +5,9 @@ Of documents cut at 128, cut at 512 and packed at 512, in one process:
 
     whole     the tokenizer called with whole documents and told to cut them, as scripts do
     prepare   shards, as prepare_data.py makes them
-    prepared  rows of such shards, masked and unpadded as a worker does for train_mlm.py
-    streamed  documents tokenized, shuffled, masked and unpadded by a worker
+    stream    rows of a stream, shuffled
+    prepared  rows of shards, masked and unpadded, as a loader's worker does for train_mlm.py
+    streamed  those of a stream, likewise
 
 Rates are non-padding tokens by seconds of CPU time on one core, so that other processes matter
 less; medians of five. Then a consumer takes batches from one worker at a fixed pace, by sleeping,
@@ -45,7 +46,7 @@ from mosaic_tools.recipe import DataArguments
 from mosaic_tools.shuffling import EndlessStream
 from mosaic_tools.tokenization import existing_tokenizer
 
-WAYS = ("whole", "prepare", "prepared", "streamed")
+WAYS = ("whole", "prepare", "stream", "prepared", "streamed")
 SETTINGS = [(128, False), (512, False), (512, True)]
 # Of a stream, in rows: full long before the documents end, which they do sooner than elsewhere.
 BUFFER = 500
@@ -110,6 +111,9 @@ class Ways:
         rows = encode(self.documents.to_iterable_dataset(), self.args, self.tokenizer)
         return EndlessStream(rows, BUFFER, seed=0)
 
+    def stream(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.streamed_rows().one_epoch())
+
     def streamed(self, batch_size: int = 64) -> int:
         rows, tokens = self.streamed_rows().one_epoch(), 0
         while batch := list(itertools.islice(rows, batch_size)):
@@ -145,7 +149,7 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--documents", type=int, default=4000, help="so many of the file")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8, help="of each consumer")
+    parser.add_argument("--seconds", type=float, default=8, help="of each consumer; 0: none")
     parser.add_argument("--output", default=RESULTS / "data.jsonl", help="where records go")
     args = parser.parse_args()
 
@@ -163,7 +167,7 @@ def main():
             ways = Ways(documents, tokenizer, data, Path(folder))
             rates.append(name | {x: median_rate(getattr(ways, x), args.repeats) for x in WAYS})
             record(rates[-1] | about)
-            for pace in PACES:
+            for pace in PACES if args.seconds else ():
                 row = name | {"consumer": pace}
                 for kind in ("prepared", "streamed"):
                     rows = getattr(ways, f"{kind}_rows")()
