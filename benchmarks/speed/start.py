@@ -4,7 +4,7 @@
 Method: a process builds train_mlm.py's trainer for a small model, with steps of 4,096 rows, and
 trains until the first step's rows are there; then once more, resumed at step 35,000, where the data
 is that long. Measured are seconds from `train()` on, and the growth of the resident set from there
-to its peak (Linux). Rows are computed, C4's 286,720,000 without a disk of that size, or come from a
+to its peak, and of that what is of files (Linux). Rows are computed, C4's 286,720,000 without a disk of that size, or come from a
 folder that prepare_data.py wrote, whose opening is measured too.
 
     python benchmarks/speed/start.py
@@ -40,7 +40,7 @@ from mosaic_tools.tokenization import train_tokenizer
 STEP, PER_STEP = 35_000, 4096
 COLUMNS = {
     "rows": ",", "sampler": "", "from_step": ",", "open_seconds": ".1f", "seconds": ".1f",
-    "megabytes": ",.0f",
+    "megabytes": ",.0f", "of_files": ",.0f",
 }  # fmt: skip
 
 
@@ -97,8 +97,16 @@ def begin(case: dict) -> dict:
             with contextlib.suppress(StopIteration):
                 trainer.train(resume_from_checkpoint=checkpoint)
 
-        growth = resident_growth(train)
-    return case | {"seconds": round(time.perf_counter() - began, 1), "megabytes": growth / 1e6}
+        files = of_files()
+        growth, files = resident_growth(train), of_files() - files
+    seconds = round(time.perf_counter() - began, 1)
+    return case | {"seconds": seconds, "megabytes": growth / 1e6, "of_files": files / 1e6}
+
+
+def of_files() -> int:
+    """Resident bytes of files that are read by memory map, which all processes share."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 
 def write_checkpoint(trainer: MlmTrainer, step: int, folder: Path) -> str:
