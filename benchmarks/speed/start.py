@@ -2,10 +2,11 @@
 """How long does training take to begin, and what does it hold, however many rows there are?
 
 Method: a process builds train_mlm.py's trainer for a small model, with steps of 4,096 rows, and
-trains until the first step's rows are there; then once more, resumed at step 35,000, where the data
-is that long. Measured are seconds from `train()` on, and the growth of the resident set from there
-to its peak, and of that what is of files (Linux). Rows are computed, C4's 286,720,000 without a disk of that size, or come from a
-folder that prepare_data.py wrote, whose opening is measured too.
+trains until the first step's rows are there; then once more, resumed at step 35,000, in a later
+epoch where one is shorter. Measured are seconds from `train()` on, and how much the resident set
+grows from there to its peak, files that are read by memory map apart (Linux). Rows are computed, as
+many as in the paper's run without a disk of that size, or come from a folder that prepare_data.py
+wrote, whose opening is measured too.
 
     python benchmarks/speed/start.py
     python benchmarks/speed/start.py --prepared_data FOLDER --max_seq_length 128
@@ -135,7 +136,6 @@ def main():
     cases = [case | {"rows": n} for n in args.rows] if not args.prepared_data else [case]
     record, done = recorder(args.output, "accelerate", "datasets"), []
     for case in cases:
-        # Where a run has not so many steps an epoch, it resumes in a later one.
         for step in (0, STEP):
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, spawn) as process:
