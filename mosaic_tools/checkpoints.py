@@ -56,6 +56,7 @@ class Checkpoints(TrainerCallback):
             if self.streams:
                 loader = train_dataloader
                 place = {"shared by": (args.world_size, loader.num_workers)}
+                place |= {"order": loader.dataset.order()}
                 place |= {"loader": loader.state_dict()}
                 torch.save(place, folder / f"stream-{args.process_index}.pt")
             if args.world_size > 1:
@@ -80,6 +81,11 @@ class Checkpoints(TrainerCallback):
                 f"{checkpoint} is of {processes} process(es) with --dataloader_num_workers "
                 f"{workers}, this run has {args.world_size} with {loader.num_workers}: a stream is "
                 "resumed by as many as shared it"
+            )
+        if place.get("order") != (order := loader.dataset.order()):
+            raise ValueError(
+                f"{checkpoint} is of a stream with {place.get('order', 'another order')}, this run "
+                f"has {order}: give the same, or rows would be lost and others come twice"
             )
         loader.load_state_dict(place["loader"])
 

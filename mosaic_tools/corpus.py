@@ -4,6 +4,7 @@ out."""
 
 import functools
 import glob
+import hashlib
 import json
 import os
 import zlib
@@ -69,6 +70,19 @@ def matching_files(pattern: str) -> list[str]:
     if not (files := sorted(glob.glob(pattern, recursive=True))):
         raise ValueError(f"there is no file {pattern}")
     return files
+
+
+def digest_of_files(args: DataArguments) -> str | None:
+    """Of names and sizes of the files that documents are read from, None if they are no files."""
+    patterns = [*(args.train_file or []), *(args.validation_file or [])]
+    indices = {x: Path(x, "index.json") for x in patterns}
+    files = [
+        Path(file)
+        for pattern, index in indices.items()
+        for file in ([index] if index.is_file() else matching_files(pattern))
+    ]
+    named = json.dumps([(file.name, file.stat().st_size) for file in files])
+    return hashlib.sha256(named.encode()).hexdigest() if files else None
 
 
 def load_shards(folders: list[str], streaming: bool):

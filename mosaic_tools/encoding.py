@@ -21,11 +21,17 @@ DOCUMENTS, OF_STREAM = 1000, 250
 TEXTS = 64
 # Where a text may be cut in parts that are tokenized by themselves: before white space and, in
 # Chinese and Japanese, behind punctuation.
-BOUNDARY = re.compile(r"(?<=\S)(?=[ \n\t\r])|(?<=[，、。；！？])(?=[ぁ-ヿ一-鿿])")
-# What a tokenizer is made of that allows it: it never joins what is on both sides, and where it
-# changes characters, it looks at one and its combining marks only.
-SPLITTING = {"BertPreTokenizer", "ByteLevel", "Whitespace"}
-LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \n\t\r])|(?<=[，、。；！？])(?=[ぁ-ゖァ-ヺ一-鿿])")
+# What a tokenizer is made of that allows it: a part that never joins what is on both sides, and
+# what may have changed characters before. ByteLevel makes tokens of white space, whose runs grow
+# where what stands between them is stripped.
+FORMS = {"Lowercase", "NFC", "NFD", "NFKC", "NFKD"}
+STRIPPING = FORMS | {"BertNormalizer", "StripAccents"}
+SPLITTING = {"BertPreTokenizer": STRIPPING, "Whitespace": STRIPPING, "ByteLevel": FORMS}
+# Characters that are taken for a token at first, less than English has (4.6), and to spare.
+CHARACTERS, SPARE = 4, 15
+# Of the ids and rows that are made of a text. Another one makes cached and prepared rows anew.
+VERSION = 1
 
 
 def encode(documents, args: DataArguments, tokenizer):
@@ -91,19 +97,20 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, args: DataArguments):
-        self.capacity, self.packs = args.max_seq_length, args.pack
+        self.capacity, self.packs, self.version = args.max_seq_length, args.pack, VERSION
         self.dtype = id_dtype(tokenizer)
         # A copy: the library keeps in a tokenizer how it last cut and padded.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.no_padding()
+        self.backend.no_truncation()
+        frame = frame_of(self.backend)
+        self.cuts = frame is not None and not self.packs and can_be_cut(self.backend)
+        if self.cuts:
+            self.before, self.behind = (np.array(ids, self.dtype) for ids in frame)
+            self.room = self.capacity - len(self.before) - len(self.behind)
+            self.cuts = self.room > 0 and tokenizer.truncation_side == "right"
         self.backend.enable_truncation(self.capacity, direction=tokenizer.truncation_side)
         self.splits_special_tokens = tokenizer.split_special_tokens
-        # Of its template, [CLS] text [SEP], what is before a text and behind it.
-        example = self.backend.encode("a")
-        ids, mask = np.array(example.ids, self.dtype), example.special_tokens_mask
-        self.cuts = not self.packs and 0 in mask and can_be_cut(self.backend)
-        if self.cuts:
-            self.before, self.behind = ids[: mask.index(0)], ids[len(ids) - mask[::-1].index(0) :]
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """(tokens,) for each text, or for each piece of it where rows are packed."""
@@ -118,15 +125,14 @@ class Encoder:
         return [np.array(x.ids, self.dtype) for of_text in pieces for x in of_text]
 
     def beginnings(self, texts: list[str]) -> list[np.ndarray]:
-        room = self.capacity - len(self.before) - len(self.behind)
         ids = [np.empty(0, self.dtype)] * len(texts)
         read, todo = [0] * len(texts), range(len(texts))
         while todo:
             parts = []
             for i in todo:
-                # English has 4.6 characters a token; the second part goes by the first.
-                each = 1.1 * read[i] / len(ids[i]) if len(ids[i]) else 4
-                wanted = read[i] + 15 + int(each * (room - len(ids[i])))
+                # The second part goes by the first.
+                each = 1.1 * read[i] / len(ids[i]) if len(ids[i]) else CHARACTERS
+                wanted = read[i] + SPARE + int(each * (self.room - len(ids[i])))
                 boundary = BOUNDARY.search(texts[i], wanted)
                 end = boundary.start() if boundary else len(texts[i])
                 parts.append(texts[i][read[i] : end])
@@ -134,8 +140,19 @@ class Encoder:
             encoded = self.backend.encode_batch_fast(parts, add_special_tokens=False)
             for i, part in zip(todo, encoded, strict=True):
                 ids[i] = np.concatenate([ids[i], np.array(part.ids, self.dtype)])
-            todo = [i for i in todo if len(ids[i]) < room and read[i] < len(texts[i])]
-        return [np.concatenate([self.before, x[:room], self.behind]) for x in ids]
+            todo = [i for i in todo if len(ids[i]) < self.room and read[i] < len(texts[i])]
+        return [np.concatenate([self.before, x[: self.room], self.behind]) for x in ids]
+
+
+def frame_of(backend) -> tuple[list[int], list[int]] | None:
+    """Ids before and behind those of a text, as [CLS] and [SEP]; None: the template is another."""
+    (framed, text), (two_framed, two) = (
+        [backend.encode(x, add_special_tokens=special).ids for special in (True, False)]
+        for x in ("a", "a a")
+    )
+    n = next((i for i in range(len(framed)) if framed[i : i + len(text)] == text), 0)
+    before, behind = framed[:n], framed[n + len(text) :]
+    return (before, behind) if text and two_framed == before + two + behind else None
 
 
 def can_be_cut(backend) -> bool:
@@ -145,12 +162,15 @@ def can_be_cut(backend) -> bool:
     changes = [] if changes is None else changes.get("normalizers", [changes])
     return (
         splits["type"] in SPLITTING
+        and all(x["type"] in SPLITTING[splits["type"]] for x in changes)
         and splits.get("use_regex", True)
         and not splits.get("add_prefix_space")
-        and all(x["type"] in LOCAL for x in changes)
-        # Tokens that are found before a text is split may reach over white space.
-        and not any(x["rstrip"] or BOUNDARY.search(x["content"]) for x in of["added_tokens"])
-        and of["truncation"]["direction"] == "Right"
+        # Tokens that are found before a text is split may reach over white space, by themselves or
+        # once they are normalized.
+        and not any(
+            x["rstrip"] or x["normalized"] or BOUNDARY.search(x["content"])
+            for x in of["added_tokens"]
+        )
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared folders: rows in shards, each of which is known to be whole.
+"""Prepared folders: rows in shards, each of which has the size that it had when it was whole.
 
     prepared.json                what the rows were made of, and how many shards there are
     tokenizer.json, ...          the tokenizer
@@ -12,8 +12,10 @@ Shards that several machines made are copied into one folder. `datasets` reads t
 load_dataset("arrow", data_files="FOLDER/train-*.arrow").
 """
 
+import functools
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,7 +78,7 @@ def begin(folder: Path, tokenizer, facts: dict, max_seq_length: int) -> dict:
     check_begun(folder, facts)
     if facts_of(folder) is None:
         # In one step, in which a machine that shares the disk may be faster.
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        partial = partial_of(folder)
         try:
             with writing(f"prepared_data {folder}"):
                 tokenizer.save_pretrained(partial)
@@ -105,23 +107,41 @@ def write_shard(file: Path, facts: dict, schema: pa.Schema, tables: Iterable[pa.
     Raises:
         OSError: it cannot be written; what the folder has stays.
     """
-    rows = tokens = 0
-    # Another process of a run that was killed may still write its own.
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    for left_over in file.parent.glob(f"{file.name}.*.partial"):
-        left_over.unlink(missing_ok=True)
+    rows, tokens, partial = 0, 0, partial_of(file)
+    remove_left_over(file)
     advice = "What is whole stays. Make room, or mend what is named, then repeat the command"
+    writing_it = functools.partial(writing, str(file), advice=lambda: advice)
     try:
-        with writing(str(file), advice=lambda: advice):
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for table in tables:
-                    writer.write_table(table)
-                    rows, tokens = rows + len(table), tokens + tokens_of(table)
+        # Reading documents, which may fail too, is no part of it.
+        with writing_it():
+            sink = pa.OSFile(str(partial), "wb")
+            writer = pa.ipc.new_stream(sink, schema)
+        for table in tables:
+            with writing_it():
+                writer.write_table(table)
+            rows, tokens = rows + len(table), tokens + tokens_of(table)
+        with writing_it():
+            writer.close()
+            sink.close()
             partial.replace(file)
             counts = {"rows": rows, "tokens": tokens, "bytes": file.stat().st_size}
             write_json(file.with_suffix(".json"), counts | {"made_of": facts})
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes it, until it is whole. Others may write the same at once."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+
+
+def remove_left_over(file: Path):
+    """Removes what processes of this machine began to write that are gone."""
+    for partial in file.parent.glob(f"{file.name}.{platform.node()}.*.partial"):
+        try:
+            os.kill(int(partial.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
 
 
 def tokens_of(table: pa.Table) -> int:

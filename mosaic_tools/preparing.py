@@ -3,6 +3,7 @@
 as they are."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import threading
@@ -18,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from mosaic_tools.corpus import is_stream, load_documents
+from mosaic_tools.corpus import digest_of_files, is_stream, load_documents
 from mosaic_tools.devices import usable_cores
 from mosaic_tools.encoding import (
     DOCUMENTS,
+    VERSION,
     Encoder,
     check_not_empty,
     encode,
@@ -35,6 +37,7 @@ from mosaic_tools.prepared import (
     check_origin,
     facts_of,
     shard_files,
+    tokens_of,
     what_is_torn,
     write_shard,
 )
@@ -44,8 +47,8 @@ from mosaic_tools.tokenization import choose_tokenizer, has_vocabulary_of, load_
 # Of small data so many shards, so that all cores have some, but none of fewer documents than that;
 # of large data shards of so many documents.
 SHARDS, FEWEST, MOST = 64, 1000, 100_000
-# Rows that are written at a time.
-ROWS = 2**16
+# Tokens that are written at a time, at least.
+TOKENS = 2**24
 
 
 @dataclass
@@ -81,9 +84,14 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
     folder = Path(args.prepared_data)
     facts = {
         "source": args.text_source(),
+        "files": digest_of_files(args),
+        "encoding": VERSION,
         **{x: getattr(args, x) for x in ("max_seq_length", "pack", "text_column")},
         **{x: getattr(args, x) for x in ("validation_split", "max_eval_documents")},
     }
+    if not name:
+        names = ("train_tokenizer", "vocab_size", "lowercase")
+        facts |= {x: getattr(tokenizer_args, x) for x in names}
     # Before the text is read.
     check_begun(folder, facts)
     if part[1] > 1 and not (name or facts_of(folder)):
@@ -97,6 +105,8 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
     facts = begin(
         folder, tokenizer, facts | {"shards": number_of_shards(train)}, args.max_seq_length
     )
+    # As others read it, who may have begun the folder meanwhile.
+    tokenizer = load_tokenizer(folder)
     schema = features(tokenizer, args).arrow_schema
     files, (held_out,) = (
         shard_files(folder, *x) for x in (("train", facts["shards"]), ("validation", 1))
@@ -106,7 +116,7 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
         check_origin(file, facts)
     if part[0] == 1 and what_is_torn(held_out):
         rows = encode(validation, args, tokenizer).with_format("arrow")
-        write_shard(held_out, facts, schema, rows.iter(ROWS))
+        write_shard(held_out, facts, schema, rows.iter(DOCUMENTS))
     make = Maker(train, Encoder(tokenizer, args), args.text_column, schema, files, facts)
     todo = [i for i in own if what_is_torn(files[i])]
     make_all(make, todo, len(own), args.preprocessing_num_workers or usable_cores())
@@ -130,6 +140,9 @@ def choose(folder: Path, name, tokenizer_args: TokenizerArguments, documents, ar
     if facts_of(folder) is None:
         return choose_tokenizer(name, tokenizer_args, documents, args.text_column)
     tokenizer = load_tokenizer(folder)
+    if tokenizer_args.tokenizer_name:
+        # ValueError: there is none, where a checkpoint may do without.
+        load_tokenizer(name)
     if name and not has_vocabulary_of(name, tokenizer):
         raise ValueError(
             f"{folder} was begun with another tokenizer than {name}: leave it out, or choose "
@@ -163,16 +176,17 @@ class Maker:
         write_shard(self.files[number], self.facts, self.schema, self.tables(part, tell))
 
     def tables(self, documents, tell: Callable[[int, int], None]) -> Iterator[pa.Table]:
-        """Tables of at least ROWS rows, but the last."""
-        tables, rows = [], 0
+        """Tables of at least TOKENS tokens, but the last."""
+        tables, tokens = [], 0
         for batch in documents.select_columns([self.column]).iter(DOCUMENTS):
             columns = encode_batch(batch, self.encoder, self.column)
             tables.append(pa.table({x: list_array(y) for x, y in columns.items()}, self.schema))
-            tell(len(batch[self.column]), sum(map(len, columns["input_ids"])))
-            rows += len(tables[-1])
-            if rows >= ROWS:
+            made = tokens_of(tables[-1])
+            tell(len(batch[self.column]), made)
+            tokens += made
+            if tokens >= TOKENS:
                 yield pa.concat_tables(tables).combine_chunks()
-                tables, rows = [], 0
+                tables, tokens = [], 0
         if tables:
             yield pa.concat_tables(tables).combine_chunks()
 
@@ -198,18 +212,25 @@ def make_all(make: Maker, numbers: list[int], of: int, processes: int):
     if not numbers:
         return
     documents, tokens = counters = multiprocessing.Value("q"), multiprocessing.Value("q")
-    pool = ProcessPoolExecutor(min(processes, len(numbers)), None, set_up, (make, counters))
+    processes = min(processes, len(numbers))
+    pool = ProcessPoolExecutor(processes, None, set_up, (make, counters))
     try:
         with tqdm(desc="Preparing", unit="shard", total=of, initial=of - len(numbers)) as bar:
-            began, left = time.monotonic(), {pool.submit(make_one, x) for x in numbers}
-            while left:
-                done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+            began, todo = time.monotonic(), iter(numbers)
+            # No more than are worked on: those that wait in the pool would be begun after an error.
+            running = {pool.submit(make_one, x) for x in itertools.islice(todo, processes)}
+            whole = of - len(numbers)
+            while running:
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for finished in done:
                     finished.result()
-                n = of - len(left)
+                    running |= {pool.submit(make_one, x) for x in itertools.islice(todo, 1)}
+                whole += len(done)
                 if per_shard := (make.facts["documents"] or 0) / len(make.files):
-                    n = min(n + len(left), of - len(numbers) + documents.value / per_shard)
-                bar.n = round(n, 2)
+                    n = of - len(numbers) + documents.value / per_shard
+                    bar.n = round(min(n, whole + len(running)), 2)
+                else:
+                    bar.n = whole
                 rate = tokens.value / (time.monotonic() - began) / 1e6
                 bar.set_postfix_str(f"{rate:.2f} M tokens/s")
     except BrokenProcessPool as error:

@@ -293,6 +293,13 @@ class RecipeArguments(TrainingArguments):
                 self.global_batch_size, self.world_size, self.per_device_train_batch_size
             )
 
+    @property
+    def device(self) -> torch.device:
+        # accelerate numbers the CPU by process, to which transformers 4.57 and 5.0 load what a
+        # checkpoint has, and torch knows no such place.
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def check_numbers(self):
         """ValueError: a number is none that a run can have. Trainer would say so only after the
         data is read, or never."""

@@ -21,7 +21,7 @@ STRIDE = 1000
 
 class BlockShuffle(torch.utils.data.Sampler):
     """Indices of all rows in another order each epoch: blocks of 256 rows in any order, and in each
-    window of 4,096 blocks the rows in any order.
+    window of at most 4,096 blocks the rows in any order.
 
     Two rows that were neighbours end up a third of a window apart in the mean, 350,000 rows, and a
     batch of 4,096 holds rows of 2,600 blocks. It holds a window, some 60 MB, and 8 bytes for each
@@ -42,8 +42,8 @@ class BlockShuffle(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng([self.seed, int(self.epoch)])
         blocks = generator.permutation(-(-self.rows // BLOCK))
-        for start in range(0, len(blocks), BLOCKS):
-            rows = blocks[start : start + BLOCKS, None] * BLOCK + np.arange(BLOCK)
+        for window in np.array_split(blocks, -(-len(blocks) // BLOCKS)):
+            rows = window[:, None] * BLOCK + np.arange(BLOCK)
             # The last block may be short.
             yield from generator.permutation(rows[rows < self.rows]).tolist()
 
@@ -111,6 +111,10 @@ class EndlessStream(torch.utils.data.IterableDataset):
             while len(self.places) > 1 and self.places[1][0] <= read:
                 del self.places[0]
             yield row | {"epoch": self.epoch}
+
+    def order(self) -> str:
+        """What decides it, in words."""
+        return f"--shuffle_buffer {self.buffer} --seed {self.seed}"
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "last": self.last, "place": self.places[0]}

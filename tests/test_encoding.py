@@ -3,11 +3,20 @@
 
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from training import trained_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +69,7 @@ FRAGMENTS = [
         "'",
         "“",
     ),
-    *("ACGTTGCA", "https://a.b/c?d=e", "\ufffd", "İ", "ß", "\ud7a3", "，", "！a"),
+    *("ACGTTGCA", "https://a.b/c?d=e", "。・", "！゛ア", "\ufffd", "İ", "ß", "\ud7a3", "，", "！a"),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=40).map("".join)
 
@@ -82,6 +91,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     if name in args:
         args = TokenizerArguments(vocab_size=400, **args[name])
         return tokenization.train_tokenizer(iter(FRAGMENTS * 2), args)
+    token = functools.partial(AddedToken, normalized=False)
     byte_level = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     forms = normalizers.Sequence([normalizers.NFKC(), normalizers.StripAccents()])
     return {
@@ -91,15 +101,32 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
         "metaspace": lambda: other(pre_tokenizers.Metaspace()),
         "not split": lambda: other(None),
         "a replacement": lambda: other(byte_level(), normalizers.Replace("n ", "m")),
-        "a token with a space": lambda: other(byte_level(), None, AddedToken("the man")),
-        "a token before spaces": lambda: other(byte_level(), None, AddedToken("'", rstrip=True)),
-        "a token behind spaces": lambda: other(byte_level(), None, AddedToken("'", lstrip=True)),
+        "bytes without accents": lambda: other(byte_level(), normalizers.StripAccents()),
+        "bytes as BERT's": lambda: other(byte_level(), normalizers.BertNormalizer()),
+        "a token that is normalized": lambda: other(
+            pre_tokenizers.BertPreTokenizer(),
+            normalizers.NFKC(),
+            AddedToken("the\u00a0man", normalized=True),
+        ),
+        "a text twice": lambda: twice(other(pre_tokenizers.Whitespace())),
+        "a token with a space": lambda: other(byte_level(), None, token("the man")),
+        "a token before spaces": lambda: other(byte_level(), None, token("'", rstrip=True)),
+        "a token behind spaces": lambda: other(byte_level(), None, token("'", lstrip=True)),
     }[name]()
+
+
+def twice(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [MASK] $A [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3), ("[MASK]", 4)],
+    )
+    return tokenizer
 
 
 CUT = ["wordpiece", "cased", "bytes", "words, compatibility forms", "a token behind spaces"]
 WHOLE = [
     *("bytes behind a space", "bytes that are not split", "metaspace", "not split"),
+    *("bytes without accents", "bytes as BERT's", "a token that is normalized", "a text twice"),
     *("a replacement", "a token with a space", "a token before spaces"),
 ]
 
@@ -116,7 +143,11 @@ def test_ids_are_the_tokenizers_own(name, pack, texts, length):
     tokenizer = tokenizer_of(name)
     encoder = Encoder(tokenizer, DataArguments(max_seq_length=length, pack=pack))
     assert encoder.cuts == (name in CUT and not pack)
-    assert [x.tolist() for x in encoder(texts)] == ids_of(texts, tokenizer, length, pack)
+    # Cut as often as can be.
+    with mock.patch.multiple(encoding, CHARACTERS=0, SPARE=1):
+        found = [x.tolist() for x in encoder(texts)]
+    assert found == ids_of(texts, tokenizer, length, pack)
+    assert [x.tolist() for x in encoder(texts)] == found
 
 
 @pytest.mark.parametrize("name", ["wordpiece", "bytes", "metaspace"])

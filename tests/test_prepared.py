@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import signal
 import subprocess
 from pathlib import Path
@@ -59,7 +60,7 @@ def files(folder="rows", kind="*"):
 @pytest.mark.parametrize("pack", [False, True], ids=["cut", "packed"])
 def test_shards_hold_the_rows_of_all_documents_in_order(text, pack, monkeypatch):
     # Of each shard the rows are written in more than one piece.
-    monkeypatch.setattr(preparing, "ROWS", 15)
+    monkeypatch.setattr(preparing, "TOKENS", 100)
     monkeypatch.setattr(preparing, "DOCUMENTS", 10)
     said = make(text, pack=pack)
     rows, held_out, tokenizer = load(text, pack=pack)
@@ -94,10 +95,17 @@ def test_what_is_not_whole_is_made_again_and_the_rest_left(text):
     shards[1].with_suffix(".json").unlink()
     with open(shards[3], "r+b") as file:
         file.truncate(100)
-    left_over = Path(f"{shards[3]}.123.partial")
-    left_over.touch()
+    # Of a process that is gone, and of one that may still write.
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left_over, kept = (
+        Path(f"{shards[3]}.{platform.node()}.{pid}.partial") for pid in (gone.pid, os.getpid())
+    )
+    left_over.touch(), kept.touch()
     make(text)
-    assert files() == before and not left_over.exists()
+    assert kept.exists() and not left_over.exists()
+    kept.unlink()
+    assert files() == before
     changed = {x for x, time in times.items() if x.stat().st_mtime_ns != time}
     assert changed == {y for i in (0, 1, 3) for y in (shards[i], shards[i].with_suffix(".json"))}
     make(text)
@@ -189,6 +197,47 @@ def test_a_process_that_dies_is_told_and_what_is_whole_stays(text, monkeypatch):
     with pytest.raises(RuntimeError, match="died.*whole stays.*fewer --preprocessing_num_workers"):
         make(text)
     assert all(x.is_file() for x in others) and not last.exists()
+
+
+def test_a_text_that_cannot_be_read_is_not_called_a_full_disk(text, monkeypatch):
+    def broken(*_):
+        raise OSError("CRC check failed")
+
+    monkeypatch.setattr(preparing, "encode_batch", broken)
+    with pytest.raises(OSError) as e:
+        make(text)
+    assert "CRC check failed" in str(e.value) and "Make room" not in str(e.value)
+
+
+def test_after_an_error_no_other_shard_is_begun(text, monkeypatch):
+    begun = Path("begun").absolute()
+
+    def broken(*_):
+        with open(begun, "a") as file:
+            file.write("x")
+        raise ValueError("no")
+
+    monkeypatch.setattr(preparing, "encode_batch", broken)
+    with pytest.raises(ValueError, match="no"):
+        make(text, preprocessing_num_workers=1)
+    assert begun.read_text() == "x"
+
+
+def test_a_folder_that_another_command_begins_meanwhile_has_its_tokenizer(text, monkeypatch):
+    """Rows had the ids of the other one that this command trained."""
+    choose_tokenizer = preparing.choose_tokenizer
+
+    def slowly(*args):
+        monkeypatch.setattr(preparing, "choose_tokenizer", choose_tokenizer)
+        make(text, name=None)
+        for file in shard_files(Path("rows"), "train", SHARDS):
+            file.unlink()
+        return choose_tokenizer(*args)
+
+    monkeypatch.setattr(preparing, "choose_tokenizer", slowly)
+    make(text, name=None)
+    train, _, tokenizer = load(text)
+    assert train[:] == encode(corpus.load_documents(text)[0], text, tokenizer)[:]
 
 
 # ---- what training refuses ----
@@ -289,12 +338,16 @@ def test_a_shard_of_something_else_is_not_overwritten(text):
         {"pack": True},
         {"validation_split": 5},
         {"train_file": ["other.txt"]},
+        {"train_file": ["folder/text.txt"]},
+        {"validation_file": ["other.txt"]},
         {"max_eval_documents": 3},
     ],
     ids=str,
 )
 def test_a_folder_is_gone_on_with_by_the_same_arguments_only(text, values):
-    Path("other.txt").write_text("\n".join(TEXTS))
+    Path("folder").mkdir()
+    for name in ("other.txt", "folder/text.txt"):
+        Path(name).write_text("\n".join(x.upper() + "." for x in TEXTS))
     make(text)
     before = files()
     with pytest.raises(ValueError, match="rows was begun with .*, not .*: choose another"):

@@ -114,6 +114,8 @@ def test_a_stream_is_resumed_to_the_bit(whole, tmp_path):
         (tmp_path / "out" / f"checkpoint-{step}" / "complete.json").unlink()
     log = run(tmp_path, *command, *RESUME, "--dataloader_num_workers", "0", fails=True)
     assert "checkpoint-6 is of 1 process(es) with --dataloader_num_workers 1, this run has 1" in log
+    log = run(tmp_path, *command, *RESUME, "--shuffle_buffer", "5", fails=True)
+    assert "with --shuffle_buffer 20000 --seed 42, this run has --shuffle_buffer 5" in log
     log = run(tmp_path, *command, *RESUME)
     assert "resuming from out/checkpoint-6" in log
     assert losses(tmp_path / "out") == expected and len(expected) == 12
