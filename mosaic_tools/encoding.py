@@ -28,8 +28,9 @@ BOUNDARY = re.compile(r"(?<=\S)(?=[ \n\t\r])|(?<=[，、。；！？])(?=[ぁ-�
 FORMS = {"Lowercase", "NFC", "NFD", "NFKC", "NFKD"}
 STRIPPING = FORMS | {"BertNormalizer", "StripAccents"}
 SPLITTING = {"BertPreTokenizer": STRIPPING, "Whitespace": STRIPPING, "ByteLevel": FORMS}
-# Characters that are taken for a token at first, less than English has (4.6), and to spare.
-CHARACTERS, SPARE = 4, 15
+# Characters that are taken for a token at first, less than English has (4.6); then as many as the
+# text had so far, times MORE; and to spare.
+CHARACTERS, MORE, SPARE = 4, 1.1, 15
 # Of the ids and rows that are made of a text. Another one makes cached and prepared rows anew.
 VERSION = 1
 
@@ -130,8 +131,7 @@ class Encoder:
         while todo:
             parts = []
             for i in todo:
-                # The second part goes by the first.
-                each = 1.1 * read[i] / len(ids[i]) if len(ids[i]) else CHARACTERS
+                each = MORE * read[i] / len(ids[i]) if len(ids[i]) else CHARACTERS
                 wanted = read[i] + SPARE + int(each * (self.room - len(ids[i])))
                 boundary = BOUNDARY.search(texts[i], wanted)
                 end = boundary.start() if boundary else len(texts[i])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -69,7 +69,22 @@ FRAGMENTS = [
         "'",
         "“",
     ),
-    *("ACGTTGCA", "https://a.b/c?d=e", "。・", "！゛ア", "\ufffd", "İ", "ß", "\ud7a3", "，", "！a"),
+    *(
+        "ACGTTGCA",
+        "https://a.b/c?d=e",
+        "。・",
+        "the man",
+        "the\u00a0man",
+        "' the",
+        " " * 5,
+        "！゛ア",
+        "\ufffd",
+        "İ",
+        "ß",
+        "\ud7a3",
+        "，",
+        "！a",
+    ),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=40).map("".join)
 
@@ -79,7 +94,7 @@ def other(pre_tokenizer, normalizer=None, *added):
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizer, normalizer
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokenization.SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(FRAGMENTS * 2, trainer)
+    tokenizer.train_from_iterator(FRAGMENTS * 3, trainer)
     tokenizer = tokenization.as_transformers(tokenizer)
     tokenizer.add_tokens(list(added))
     return tokenizer
@@ -90,7 +105,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     args = {"wordpiece": {}, "cased": {"lowercase": False}, "bytes": {"train_tokenizer": "bpe"}}
     if name in args:
         args = TokenizerArguments(vocab_size=400, **args[name])
-        return tokenization.train_tokenizer(iter(FRAGMENTS * 2), args)
+        return tokenization.train_tokenizer(iter(FRAGMENTS * 3), args)
     token = functools.partial(AddedToken, normalized=False)
     byte_level = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
     forms = normalizers.Sequence([normalizers.NFKC(), normalizers.StripAccents()])
@@ -138,13 +153,14 @@ def ids_of(texts, tokenizer, length, pack):
 
 @pytest.mark.parametrize("pack", [False, True], ids=["cut", "packed"])
 @pytest.mark.parametrize("name", CUT + WHOLE)
+@example(texts=["the man", "a the\u00a0man b", "' the _  \n x", "ア。・ア、！゛ア"], length=30)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), length=st.integers(3, 40))
 def test_ids_are_the_tokenizers_own(name, pack, texts, length):
     tokenizer = tokenizer_of(name)
     encoder = Encoder(tokenizer, DataArguments(max_seq_length=length, pack=pack))
     assert encoder.cuts == (name in CUT and not pack)
-    # Cut as often as can be.
-    with mock.patch.multiple(encoding, CHARACTERS=0, SPARE=1):
+    # Cut wherever it may be.
+    with mock.patch.multiple(encoding, CHARACTERS=0, MORE=0, SPARE=1):
         found = [x.tolist() for x in encoder(texts)]
     assert found == ids_of(texts, tokenizer, length, pack)
     assert [x.tolist() for x in encoder(texts)] == found
