@@ -96,6 +96,9 @@ def other(pre_tokenizer, normalizer=None, *added):
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokenization.SPECIAL_TOKENS)
     tokenizer.train_from_iterator(FRAGMENTS * 3, trainer)
     tokenizer = tokenization.as_transformers(tokenizer)
+    if pre_tokenizer:
+        # transformers 4.57 takes its space away.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.add_tokens(list(added))
     return tokenizer
 
