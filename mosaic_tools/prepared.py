@@ -139,9 +139,13 @@ def remove_left_over(file: Path):
     """Removes what processes of this machine began to write that are gone."""
     for partial in file.parent.glob(f"{file.name}.{platform.node()}.*.partial"):
         try:
+            # Nothing is sent; it only asks.
             os.kill(int(partial.name.split(".")[-2]), 0)
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
+        except PermissionError:
+            # Another user's, who may still write.
+            continue
 
 
 def tokens_of(table: pa.Table) -> int:

@@ -81,17 +81,7 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
             tokenizer.
         OSError, RuntimeError: a shard cannot be made. What is whole stays.
     """
-    folder = Path(args.prepared_data)
-    facts = {
-        "source": args.text_source(),
-        "files": digest_of_files(args),
-        "encoding": VERSION,
-        **{x: getattr(args, x) for x in ("max_seq_length", "pack", "text_column")},
-        **{x: getattr(args, x) for x in ("validation_split", "max_eval_documents")},
-    }
-    if not name:
-        names = ("train_tokenizer", "vocab_size", "lowercase")
-        facts |= {x: getattr(tokenizer_args, x) for x in names}
+    folder, facts = Path(args.prepared_data), made_of(args, tokenizer_args, name)
     # Before the text is read.
     check_begun(folder, facts)
     if part[1] > 1 and not (name or facts_of(folder)):
@@ -121,6 +111,17 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
     todo = [i for i in own if what_is_torn(files[i])]
     make_all(make, todo, len(own), args.preprocessing_num_workers or usable_cores())
     return report(files, held_out, args)
+
+
+def made_of(args: DataArguments, tokenizer_args: TokenizerArguments, name) -> dict:
+    """What of the arguments rows depend on; of a tokenizer with a name, its digest will tell."""
+    lengths = ("max_seq_length", "pack", "text_column", "validation_split", "max_eval_documents")
+    facts = {x: getattr(args, x) for x in lengths}
+    facts |= {"source": args.text_source(), "files": digest_of_files(args), "encoding": VERSION}
+    if not name:
+        trained = ("train_tokenizer", "vocab_size", "lowercase")
+        facts |= {x: getattr(tokenizer_args, x) for x in trained}
+    return facts
 
 
 def read_documents(args: DataArguments):
