@@ -12,6 +12,8 @@ Shards that several machines made are copied into one folder. `datasets` reads t
 load_dataset("arrow", data_files="FOLDER/train-*.arrow").
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -111,9 +113,12 @@ def write_shard(file: Path, facts: dict, schema: pa.Schema, tables: Iterable[pa.
     remove_left_over(file)
     advice = "What is whole stays. Make room, or mend what is named, then repeat the command"
     writing_it = functools.partial(writing, str(file), advice=lambda: advice)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(partial.unlink, missing_ok=True)
         # Reading documents, which may fail too, is no part of it.
         with writing_it():
+            # A lock tells others that it is not left over.
+            fcntl.flock(stack.enter_context(open(partial, "wb")), fcntl.LOCK_EX)
             sink = pa.OSFile(str(partial), "wb")
             writer = pa.ipc.new_stream(sink, schema)
         for table in tables:
@@ -126,8 +131,6 @@ def write_shard(file: Path, facts: dict, schema: pa.Schema, tables: Iterable[pa.
             partial.replace(file)
             counts = {"rows": rows, "tokens": tokens, "bytes": file.stat().st_size}
             write_json(file.with_suffix(".json"), counts | {"made_of": facts})
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def partial_of(path: Path) -> Path:
@@ -136,16 +139,11 @@ def partial_of(path: Path) -> Path:
 
 
 def remove_left_over(file: Path):
-    """Removes what processes of this machine began to write that are gone."""
-    for partial in file.parent.glob(f"{file.name}.{platform.node()}.*.partial"):
-        try:
-            # Nothing is sent; it only asks.
-            os.kill(int(partial.name.split(".")[-2]), 0)
-        except ProcessLookupError:
+    """Removes what processes began to write that are gone: with them went the lock."""
+    for partial in file.parent.glob(f"{file.name}.*.partial"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(partial, "rb") as sink:
+            fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.unlink(missing_ok=True)
-        except PermissionError:
-            # Another user's, who may still write.
-            continue
 
 
 def tokens_of(table: pa.Table) -> int:

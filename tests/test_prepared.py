@@ -4,16 +4,16 @@ what training refuses."""
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-import platform
 import signal
 import subprocess
 from pathlib import Path
 
 import datasets
 import pytest
-from training import DOCUMENTS, ROOT, command_of, run, wait_until, write_vocab
+from training import DOCUMENTS, ROOT, command_of, wait_until, write_vocab
 
 from mosaic_tools import corpus, encoding, prepared, preparing
 from mosaic_tools.encoding import encode
@@ -95,14 +95,12 @@ def test_what_is_not_whole_is_made_again_and_the_rest_left(text):
     shards[1].with_suffix(".json").unlink()
     with open(shards[3], "r+b") as file:
         file.truncate(100)
-    # Of a process that is gone, and of one that may still write.
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    left_over, kept = (
-        Path(f"{shards[3]}.{platform.node()}.{pid}.partial") for pid in (gone.pid, os.getpid())
-    )
-    left_over.touch(), kept.touch()
-    make(text)
+    # Of a process that is gone, and of one that still writes.
+    left_over, kept = (Path(f"{shards[3]}.host.{pid}.partial") for pid in (123, 456))
+    left_over.touch()
+    with open(kept, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        make(text)
     assert kept.exists() and not left_over.exists()
     kept.unlink()
     assert files() == before
@@ -112,23 +110,28 @@ def test_what_is_not_whole_is_made_again_and_the_rest_left(text):
     assert changed == {x for x, time in times.items() if x.stat().st_mtime_ns != time}
 
 
-def test_a_command_that_is_killed_goes_on(text, tmp_path):
-    many = "\n".join(f"{text} {i}" for i in range(1000) for text in DOCUMENTS)
+def test_a_command_that_is_killed_goes_on(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "FEWEST", 1000)
+    many = "\n".join(f"{text * 6} {i}" for i in range(250) for text in DOCUMENTS)
     Path("text.txt").write_text(many)
-    words = ["--train_file", "text.txt", "--tokenizer_name", "vocab.txt", "--prepared_data"]
-    command = [ROOT / "prepare_data.py", *words]
-    run(tmp_path, *command, "whole")
-    process = subprocess.Popen(**command_of(tmp_path, *command, "rows"), stderr=subprocess.DEVNULL)
+    args = DataArguments(train_file=["text.txt"], prepared_data="rows")
+    words = ["--train_file", "text.txt", "--tokenizer_name", "vocab.txt", "--prepared_data", "rows"]
+    command = command_of(tmp_path, ROOT / "prepare_data.py", *words)
+    process = subprocess.Popen(**command, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(files(kind="json")) > 6, process)
     process.kill()
     process.wait()
-    pool = f"prepare_data.py {' '.join(words)} rows"
-    wait_until(lambda: not any(pool in x for x in running()), subprocess.Popen(["sleep", "60"]))
+    # Those of its pool have the same command line.
+    pool, clock = f"prepare_data.py {' '.join(words)}", subprocess.Popen(["sleep", "60"])
+    wait_until(lambda: not any(pool in x for x in running()), clock)
+    clock.kill()
+    clock.wait()
     whole = {x: Path("rows", x).stat().st_mtime_ns for x in files(kind="json")}
-    assert 6 < len(whole) < 60
-    run(tmp_path, *command, "rows")
-    assert files() == files("whole")
+    assert 6 < len(whole) < 20
+    make(args)
     assert whole == {x: Path("rows", x).stat().st_mtime_ns for x in whole}
+    make(args, prepared_data="undisturbed")
+    assert files() == files("undisturbed")
 
 
 def running() -> list[str]:

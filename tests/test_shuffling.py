@@ -50,7 +50,7 @@ def test_the_order_is_that_of_seed_and_epoch():
 
 def test_neighbours_are_far_apart_and_a_batch_is_of_everywhere():
     """What the docstring says of it."""
-    rows = 16 * WINDOW
+    rows = 8 * WINDOW
     order = np.fromiter(BlockShuffle(rows, 3, epoch()), dtype=np.int64)
     place = np.empty(rows, np.int64)
     place[order] = np.arange(rows)
@@ -66,7 +66,7 @@ def test_neighbours_are_far_apart_and_a_batch_is_of_everywhere():
     assert np.mean(blocks) == pytest.approx(4096 * (1 - 1 / np.e), rel=0.02)
     # Blocks themselves may come at any time of the epoch.
     windows = place[::BLOCK] // WINDOW
-    assert np.corrcoef(np.arange(len(windows)), windows)[0, 1] == pytest.approx(0, abs=0.02)
+    assert np.corrcoef(np.arange(len(windows)), windows)[0, 1] == pytest.approx(0, abs=0.03)
 
 
 def test_no_list_of_all_rows_is_made():
