@@ -246,7 +246,7 @@ def draw_training(
                 marker = "." if len(points) < 30 else ""
                 axes.plot(*zip(*points, strict=True), marker=marker, label=NAMES.get(key))
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=None if "loss" in label else 0)
+        axes.set_ylim(bottom=None if "loss" in label else 0, top=1 if "share" in label else None)
         axes.grid(alpha=0.3)
         if len(keys) > 1 or "share" in label:
             axes.legend()

@@ -419,7 +419,7 @@ def test_a_toy_run_prints_records_and_a_table(words, cases):
     "words, records",
     [
         ("data.py --train_file text.txt --tokenizer vocab.txt --repeats 1 --seconds 0.1", 18),
-        ("start.py --rows 100 5000", 4),
+        ("start.py --rows 100", 2),
     ],
 )
 def test_the_benchmarks_of_data_run_on_a_few_rows(tmp_path, words, records):
@@ -435,5 +435,5 @@ def test_the_benchmarks_of_data_run_on_a_few_rows(tmp_path, words, records):
         assert len(rates) == 15 and min(rates) > 0
         assert len(shares) == 30 and 0 <= min(shares) <= max(shares) <= 1
     else:
-        assert [row["from_step"] for row in found] == [0, 35_000] * 2
+        assert [row["from_step"] for row in found] == [0, 35_000]
         assert all(row["seconds"] > 0 and row["megabytes"] >= 0 for row in found)
