@@ -253,7 +253,7 @@ def test_a_consumer_waits_while_its_batch_is_made(monkeypatch):
     batch = {"batch": {"cu_seqlens": torch.tensor([0, 10**6])}}
     make = clock.takes(3, batch)
     monkeypatch.setattr(data, "time", clock)
-    monkeypatch.setattr(data, "DataLoader", lambda *_, **__: (make() for _ in range(9)))
+    monkeypatch.setattr(data, "DataLoader", lambda *_, **__: (make() for _ in range(40)))
     assert data.wait_share(None, None, 2, seconds=100) == pytest.approx(3 / 3.5, abs=1e-3)
 
 
