@@ -151,9 +151,20 @@ def tokens_of(table: pa.Table) -> int:
     return sum(len(batch.flatten()) for batch in table["input_ids"].chunks)
 
 
-def what_is_torn(file: Path) -> str | None:
-    """Why a shard is not whole, None if it is."""
-    counts = read_json(file.with_suffix(".json"))
+def counts_of(file: Path) -> dict:
+    """What was written beside a shard when it was whole, empty if it was not."""
+    return read_json(file.with_suffix(".json"))
+
+
+def fault_of(file: Path, facts: dict) -> str | None:
+    """Why a shard is not whole, None if it is. ValueError: it was made of something else."""
+    counts = counts_of(file)
+    check_origin(file, counts, facts)
+    return what_is_torn(file, counts)
+
+
+def what_is_torn(file: Path, counts: dict) -> str | None:
+    """Why a shard with these `counts_of` it is not whole, None if it is."""
     if not file.is_file() or not counts:
         return f"{file.name} is missing" if not file.is_file() else f"{file.name} is not finished"
     if file.stat().st_size != counts["bytes"]:
@@ -161,9 +172,9 @@ def what_is_torn(file: Path) -> str | None:
     return None
 
 
-def check_origin(file: Path, facts: dict):
+def check_origin(file: Path, counts: dict, facts: dict):
     """ValueError: the shard, if it is there, was made of something else."""
-    made_of = read_json(file.with_suffix(".json")).get("made_of", facts)
+    made_of = counts.get("made_of", facts)
     if different := [name for name, value in facts.items() if made_of.get(name) != value]:
         theirs = ", ".join(f"{name} {made_of.get(name)}, not {facts[name]}" for name in different)
         raise ValueError(f"{file} was made with {theirs}: move it away, then {REPEAT}")
@@ -191,9 +202,7 @@ def load_prepared(args: DataArguments):
             "or prepare again"
         )
     parts = [shard_files(folder, *x) for x in (("train", facts["shards"]), ("validation", 1))]
-    for file in sum(parts, []):
-        check_origin(file, facts)
-    if torn := [reason for file in sum(parts, []) if (reason := what_is_torn(file))]:
+    if torn := [fault for file in sum(parts, []) if (fault := fault_of(file, facts))]:
         raise ValueError(f"{folder} is not complete: {listed(torn)}; {REPEAT}")
     return *map(read_part, parts), load_tokenizer(folder)
 

@@ -30,12 +30,12 @@ from mosaic_tools.encoding import (
     encode_batch,
     features,
 )
-from mosaic_tools.files import read_json
 from mosaic_tools.prepared import (
     begin,
     check_begun,
-    check_origin,
+    counts_of,
     facts_of,
+    fault_of,
     shard_files,
     tokens_of,
     what_is_torn,
@@ -102,13 +102,13 @@ def prepare(args: DataArguments, tokenizer_args: TokenizerArguments, name, part=
         shard_files(folder, *x) for x in (("train", facts["shards"]), ("validation", 1))
     )
     own = range(part[0] - 1, len(files), part[1])
-    for file in (held_out, *(files[i] for i in own)):
-        check_origin(file, facts)
-    if part[0] == 1 and what_is_torn(held_out):
+    # Before one is written.
+    lacks_held_out = fault_of(held_out, facts) is not None
+    todo = [i for i in own if fault_of(files[i], facts)]
+    if part[0] == 1 and lacks_held_out:
         rows = encode(validation, args, tokenizer).with_format("arrow")
         write_shard(held_out, facts, schema, rows.iter(DOCUMENTS))
     make = Maker(train, Encoder(tokenizer, args), args.text_column, schema, files, facts)
-    todo = [i for i in own if what_is_torn(files[i])]
     make_all(make, todo, len(own), args.preprocessing_num_workers or usable_cores())
     return report(files, held_out, args)
 
@@ -141,10 +141,7 @@ def choose(folder: Path, name, tokenizer_args: TokenizerArguments, documents, ar
     if facts_of(folder) is None:
         return choose_tokenizer(name, tokenizer_args, documents, args.text_column)
     tokenizer = load_tokenizer(folder)
-    if tokenizer_args.tokenizer_name:
-        # ValueError: there is none, where a checkpoint may do without.
-        load_tokenizer(name)
-    if name and not has_vocabulary_of(name, tokenizer):
+    if name and not has_vocabulary_of(name, tokenizer, bool(tokenizer_args.tokenizer_name)):
         raise ValueError(
             f"{folder} was begun with another tokenizer than {name}: leave it out, or choose "
             "another --prepared_data"
@@ -273,12 +270,11 @@ def count(documents: int, tokens: int):
 
 def report(files: list[Path], held_out: Path, args: DataArguments) -> dict:
     """What the folder has, in words. ValueError: no text was left."""
-    whole = [file for file in files if not what_is_torn(file)]
+    counts = {file: counts_of(file) for file in (*files, held_out)}
+    whole = [file for file in files if not what_is_torn(file, counts[file])]
     train, validation = (
-        {key: sum(x.get(key, 0) for x in counts) for key in ("rows", "tokens", "bytes")}
-        for counts in (
-            [read_json(file.with_suffix(".json")) for file in part] for part in (whole, [held_out])
-        )
+        {key: sum(counts[x].get(key, 0) for x in part) for key in ("rows", "tokens", "bytes")}
+        for part in (whole, [held_out])
     )
     if len(whole) < len(files):
         return {"shards": f"{len(whole):,} of {len(files):,}"}

@@ -12,7 +12,7 @@ from mosaic_tools.corpus import is_stream, load_documents
 from mosaic_tools.encoding import encode
 from mosaic_tools.prepared import load_prepared, tokens_of
 from mosaic_tools.recipe import DataArguments, TokenizerArguments
-from mosaic_tools.tokenization import choose_tokenizer, has_vocabulary_of, load_tokenizer
+from mosaic_tools.tokenization import choose_tokenizer, has_vocabulary_of
 
 
 def load_rows(data: DataArguments, tokenizer_args: TokenizerArguments, name, args):
@@ -27,10 +27,7 @@ def load_rows(data: DataArguments, tokenizer_args: TokenizerArguments, name, arg
     """
     if data.prepared_data:
         rows = load_prepared(data)
-        if tokenizer_args.tokenizer_name:
-            # ValueError: there is none, where a checkpoint may do without.
-            load_tokenizer(name)
-        if name and not has_vocabulary_of(name, rows[-1]):
+        if name and not has_vocabulary_of(name, rows[-1], bool(tokenizer_args.tokenizer_name)):
             raise ValueError(
                 f"{data.prepared_data} was prepared with another tokenizer than {name}: leave "
                 "out --tokenizer_name, or prepare again"

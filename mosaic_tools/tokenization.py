@@ -96,11 +96,13 @@ def largest_id(tokenizer) -> int:
     return max(tokenizer.get_vocab().values())
 
 
-def has_vocabulary_of(checkpoint: str, tokenizer) -> bool:
-    """Whether the checkpoint's tokenizer has the same entries, or it has none."""
+def has_vocabulary_of(checkpoint: str, tokenizer, must_have_one: bool = False) -> bool:
+    """Whether the checkpoint's tokenizer has the same entries, or it has none and need not."""
     try:
         return load_tokenizer(checkpoint).get_vocab() == tokenizer.get_vocab()
     except ValueError:
+        if must_have_one:
+            raise
         return True
 
 

@@ -102,11 +102,6 @@ def peak_bytes(function):
 
 def resident_growth(function):
     """Bytes between the resident set and its peak during the call, or None."""
-
-    def kilobytes(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
     try:
         # Sets the peak back.
         Path("/proc/self/clear_refs").write_text("5")
@@ -116,6 +111,12 @@ def resident_growth(function):
         return None
     function()
     return 1024 * (kilobytes("VmHWM") - before)
+
+
+def kilobytes(name):
+    """What Linux says of this process's memory under that name, as VmRSS."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def ceilings(dtype):

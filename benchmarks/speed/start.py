@@ -17,7 +17,6 @@ Output: one JSON line per case, appended to benchmarks/results/start.jsonl, then
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.records import RESULTS, print_table, recorder
-from benchmarks.speed.clocks import resident_growth
+from benchmarks.speed.clocks import kilobytes, resident_growth
 from mosaic_tools import mlm_trainer
 from mosaic_tools.devices import prepare_environment
 from mosaic_tools.mlm_trainer import MlmTrainer, build_model
@@ -55,7 +54,6 @@ class ComputedRows:
         return self.rows
 
     def __getitem__(self, i: int) -> dict:
-        # Odd multiples are a permutation of 32 bits: no two rows of a batch are alike.
         return {"input_ids": (np.arange(128) * 2654435761 + i * 40503) % 2**32 % 100 + 5}
 
 
@@ -69,10 +67,7 @@ class UntilFirstStep(TrainerCallback):
 def begin(case: dict) -> dict:
     """Seconds and megabytes until the first step, in this process."""
     prepare_environment()
-    began, tokenizer = (
-        time.perf_counter(),
-        train_tokenizer(iter(["a b c"] * 9), TokenizerArguments()),
-    )
+    tokenizer = train_tokenizer(iter(["a b c"] * 9), TokenizerArguments())
     rows, held_out = ComputedRows(case.get("rows", 0)), [ComputedRows(1)[0]]
     with tempfile.TemporaryDirectory() as folder:
         words = f"--output_dir {folder} --hidden_size 64 --num_hidden_layers 1 --max_steps 70000"
@@ -98,16 +93,11 @@ def begin(case: dict) -> dict:
             with contextlib.suppress(StopIteration):
                 trainer.train(resume_from_checkpoint=checkpoint)
 
-        files = of_files()
-        growth, files = resident_growth(train), of_files() - files
+        # Of files that are read by memory map, which all processes share.
+        files = kilobytes("RssFile")
+        growth, files = resident_growth(train), 1024 * (kilobytes("RssFile") - files)
     seconds = round(time.perf_counter() - began, 1)
     return case | {"seconds": seconds, "megabytes": growth / 1e6, "of_files": files / 1e6}
-
-
-def of_files() -> int:
-    """Resident bytes of files that are read by memory map, which all processes share."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 
 def write_checkpoint(trainer: MlmTrainer, step: int, folder: Path) -> str:
@@ -142,7 +132,6 @@ def main():
                 done.append(process.submit(begin, case | {"from_step": step}).result())
             record(done[-1] | {"prepared_data": bool(args.prepared_data)})
     print_table(done, COLUMNS)
-    print(json.dumps(done[-1]))
 
 
 if __name__ == "__main__":
