@@ -125,49 +125,128 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 # float64 where qkv are: torch's CPU kernel misreads a bias that is narrower than its queries.
 
 
-def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """The reference: scores, bias and probabilities are dense, the first two in float32 at least.
+def dense_bias(slopes: Tensor, batch: PackedBatch, total: int) -> Tensor:
+    """What is added to scores of padded rows: ALiBi's bias, and the lowest number where the key
+    belongs to another sequence than the query, or to padding.
 
-    Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
+    (batch, heads, seqlen, seqlen) in the slopes' dtype, or (1, ...) where `batch.rows` are one row.
     """
-    # each (batch, heads, seqlen, head_dim)
-    query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)
-    if batch.rows is not None:
-        sequence, position = batch.rows
-    else:
-        token = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
+    if batch.rows is None:
+        token = torch.arange(total, dtype=torch.int32, device=slopes.device)
         sequence = torch.searchsorted(batch.cu_seqlens[1:], token, right=True)
         start = batch.cu_seqlens[sequence]
         position = token - start if batch.positions is None else batch.positions
         # Sequences count from 1 here, since pad_input leaves 0 at padding.
         sequence, position = pad_input(sequence + 1, batch), pad_input(position, batch)
-
+    else:
+        sequence, position = batch.rows
     bias = -slopes[:, None, None] * (position[:, None, :, None] - position[:, None, None, :]).abs()
     elsewhere = sequence[:, None, :, None] != sequence[:, None, None, :]
+    return bias.masked_fill(elsewhere, torch.finfo(bias.dtype).min)
+
+
+def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
+    """The reference: scores, bias and probabilities are dense, the first two in float32 at least.
+
+    Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
+    """
+    bias = dense_bias(slopes, batch, len(qkv)) if batch.bias is None else batch.bias
+    # each (batch, heads, seqlen, head_dim)
+    query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)
     # In half precision softmax would take large scores for others, and fp16 has none over 65,504.
     with without_autocast(qkv.device):
         query, key = at_least_float32(query) * qkv.shape[-1] ** -0.5, at_least_float32(key)
-        scores = query @ key.transpose(-1, -2) + bias
-    scores = scores.masked_fill(elsewhere, torch.finfo(scores.dtype).min)
-    probs = scores.softmax(-1) * (sequence > 0)[:, None, :, None]
-    probs = F.dropout(probs, dropout_p).to(qkv.dtype)
+        probs = (query @ key.transpose(-1, -2) + bias).softmax(-1)
+    is_token = pad_input(qkv.new_ones(len(qkv)), batch)
+    probs = F.dropout(probs * is_token[:, None, :, None], dropout_p).to(qkv.dtype)
     return unpad_input((probs @ value).transpose(1, 2), batch), probs
 
 
+# From this length on keys out of reach are left out on a CPU, and queries taken so many at a time.
+LONG, QUERIES = 1024, 512
+
+
+def alibi_reach(query: Tensor, key: Tensor, slopes: Tensor) -> list[int]:
+    """Of each head, the distance from which on all keys together hold at most 2^-24 of what the
+    query's own key holds, in any of these sequences.
+
+    A key at distance d holds exp(q (k_d - k_0) scale - slope d) of what the own key k_0 does, and
+    q (k_d - k_0) is at most 2 |q| |k - c| for any c, here the mean of the keys. Summed over both
+    sides that is a geometric series, which is solved for d.
+
+    Args:
+        query, key: (count, heads, seqlen, head_dim). slopes: (heads,).
+    """
+    query, key = at_least_float32(query), at_least_float32(key)
+    key = key - key.mean(2, keepdim=True)
+    # (heads,): the largest of each sequence, then of all sequences
+    norms = query.norm(dim=-1).amax(2) * key.norm(dim=-1).amax(2)
+    bound = 2 * norms.amax(0) * query.shape[-1] ** -0.5
+    reach = (bound + 24 * math.log(2) - (-torch.expm1(-slopes) / 2).log()) / slopes
+    # Also where it is NaN or infinite: then nothing is left out.
+    seqlen = torch.full_like(reach, query.shape[2])
+    return torch.where(reach < seqlen, reach.ceil(), seqlen).int().tolist()
+
+
+def attention_within_reach(query, key, value, bias, slopes: Tensor) -> Tensor:
+    """scaled_dot_product_attention without the keys that `alibi_reach` leaves out.
+
+    Args:
+        query: (count, heads, seqlen, head_dim). key, value: the same shape, in reversed order.
+        bias: (1, heads, seqlen, seqlen), of `bias_for_reversed_keys`.
+    """
+    seqlen, contexts = query.shape[2], []
+    for head, reach in enumerate(alibi_reach(query, key, slopes)):
+        step = QUERIES if 2 * reach + QUERIES < seqlen else seqlen
+        blocks = []
+        for start in range(0, seqlen, step):
+            end = min(start + step, seqlen)
+            # Reversed: the key of column 0 is the last.
+            columns = slice(max(seqlen - end - reach, 0), seqlen - max(start - reach, 0))
+            one = slice(head, head + 1)
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    query[:, one, start:end],
+                    key[:, one, columns],
+                    value[:, one, columns],
+                    bias[:, one, start:end, columns],
+                )
+            )
+        contexts.append(torch.cat(blocks, 2))
+    return torch.cat(contexts, 1)
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether x is known to be of inference: nobody derives by it or records what it becomes."""
+    if torch.compiler.is_compiling() or tracing():
+        return False
+    derived = x.requires_grad and torch.is_grad_enabled()
+    return not (derived or is_functorch_wrapped_tensor(x))
+
+
 def sdpa_varlen(
-    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, positions: Tensor | None, dropout_p: float
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    slopes: Tensor,
+    positions: Tensor | None,
+    dropout_p: float,
+    window: Tensor | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention, one call for each run of sequences of equal length.
 
     The bias takes O(seqlen) memory, and torch's CPU kernel no more. Two exceptions hold (heads,
     seqlen, seqlen): the bias of a sequence with gaps in its positions, and, with dropout, which
-    that kernel lacks, the probabilities.
+    that kernel lacks, the probabilities. `window` is `alibi_window` of the longest, made before.
+
+    On a CPU long sequences are read within ALiBi's reach only, where no gradient is wanted.
     """
     lengths = cu_seqlens.diff().tolist()
     # With gaps every sequence has distances of its own, and is a run of its own.
     runs = itertools.groupby(lengths) if positions is None else [(n, [n]) for n in lengths]
     runs = [(seqlen, len(list(run))) for seqlen, run in runs]
-    window = alibi_window(slopes, max(lengths))
+    if window is None:
+        window = alibi_window(slopes, max(lengths))
+    near_only = qkv.is_cpu and positions is None and not dropout_p and is_constant(qkv)
     # Split, not slices: the gradient of a slice is a whole tensor of zeros, once for each sequence.
     chunks = qkv.split([seqlen * count for seqlen, count in runs])
     contexts = []
@@ -186,7 +265,10 @@ def sdpa_varlen(
         query, key, value = (x.squeeze(2).transpose(1, 2) for x in (query, key, value))
         # Autocast would copy the bias to half precision, and the view would become dense.
         with torch.autocast(qkv.device.type, enabled=False):
-            context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p)
+            if near_only and seqlen >= LONG:
+                context = attention_within_reach(query, key, value, bias, slopes)
+            else:
+                context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p)
         contexts.append(context.transpose(1, 2).flatten(0, 1))
     return torch.cat(contexts)
 
@@ -277,13 +359,26 @@ def _no_second_derivative(ctx, *grads):
 sdpa_varlen_backward_op.register_autograd(_no_second_derivative)
 
 
+def traced_attention(qkv: Tensor, bias: Tensor, batch: PackedBatch, dropout_p: float) -> Tensor:
+    """torch's scaled_dot_product_attention of rows whose padding stays; bias is `dense_bias`."""
+    # each (batch, heads, seqlen, head_dim)
+    query, key, value = qkv.unflatten(0, (batch.batch_size, batch.seqlen)).permute(2, 0, 3, 1, 4)
+    if not qkv.is_cpu:
+        bias = bias.to(qkv.dtype)
+    with without_autocast(qkv.device):
+        context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p)
+    return context.transpose(1, 2).flatten(0, 1)
+
+
 def sdpa_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
-    """`sdpa_varlen`, which torch.compile sees as one operator."""
+    """`sdpa_varlen`, which torch.compile sees as one operator; under tracers `traced_attention`."""
+    if batch.rows is not None:
+        return traced_attention(qkv, batch.bias, batch, dropout_p), None
     arguments = (qkv, batch.cu_seqlens, slopes, batch.positions, dropout_p)
     if torch.compiler.is_compiling():
         seed = torch.randint(2**62, (1,)) if dropout_p else torch.zeros(1, dtype=torch.int64)
         return sdpa_varlen_op(*arguments, seed), None
-    return sdpa_varlen(*arguments), None
+    return sdpa_varlen(*arguments, batch.bias), None
 
 
 def triton_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: float):
@@ -689,6 +784,10 @@ class BertGatedLinearUnitMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)  # each (total, inter)
+        if gate.is_cpu and is_constant(gate):
+            # torch's fast GELU, oneDNN's, takes no half of a tensor. A copy and it take a third of
+            # the time (two threads of an AMD EPYC, torch 2.13, float32).
+            gate = gate.contiguous()
         return self.layernorm(self.wo(self.dropout(self.act(gate) * value)) + hidden_states)
 
 
@@ -729,8 +828,9 @@ class BertEncoder(nn.Module):
         """
         heads, device = self.config.num_attention_heads, hidden_states.device
         if batch.rows is not None:
-            # Only eager can mask padding that stays.
-            backend = "eager"
+            # Kernels cannot mask padding that stays.
+            wanted = self.config._attn_implementation
+            backend = "eager" if output_attentions or wanted == "eager" else "sdpa"
         else:
             backend = choose_backend(
                 self.config._attn_implementation,
@@ -750,6 +850,11 @@ class BertEncoder(nn.Module):
         # Autocast leaves float64 alone.
         like = {"dtype": torch.promote_types(hidden_states.dtype, torch.float32), "device": device}
         slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
+        # What is added to scores is made once for all layers.
+        if backend == "eager" or batch.rows is not None:
+            batch = batch._replace(bias=dense_bias(slopes, batch, hidden_states.shape[0]))
+        elif backend == "sdpa" and not torch.compiler.is_compiling():
+            batch = batch._replace(bias=alibi_window(slopes, batch.max_seqlen))
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
 

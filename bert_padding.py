@@ -43,9 +43,11 @@ class PackedBatch(NamedTuple):
         labelled_indices: (labelled,) int64, the tokens among total that carry a label, or None:
             nobody asked.
         tile_map: (pieces, 2) int32, the Triton kernel's plan of the batch, or None: it has none.
-        rows: only where padding stays. Each (batch, seqlen) int64: which of its row's sequences a
-            token belongs to, from 1, and 0 at padding; and its position. `total` is then batch *
-            seqlen.
+        rows: only where padding stays. Each (batch, seqlen) int64, or (1, seqlen) where all rows
+            are alike: which of its row's sequences a token belongs to, from 1, and 0 at padding;
+            and its position. `total` is then batch * seqlen.
+        bias: what attention adds to scores, made by the encoder for all layers, or None: each layer
+            makes its own.
     """
 
     batch_size: int
@@ -57,6 +59,7 @@ class PackedBatch(NamedTuple):
     labelled_indices: Tensor | None = None
     tile_map: Tensor | None = None
     rows: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
 
 
 # Fields that had another name; collators of then still feed the model.
@@ -263,12 +266,11 @@ def _begins_sequence(position_ids, attention_mask):
 
 def _mark_sequences(tokens, attention_mask, position_ids):
     """Field `rows` of PackedBatch."""
-    shape = tokens.shape[:2]
     if position_ids is None:
-        positions = torch.arange(shape[1], device=tokens.device).expand(shape)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         sequences = torch.ones_like(positions)
     else:
-        positions = position_ids.expand(shape)
+        positions = position_ids.expand(tokens.shape[:2])
         sequences = 1 + _begins_sequence(positions, attention_mask).long().cumsum(1)
     if attention_mask is not None:
         sequences = sequences * (attention_mask != 0)

@@ -69,6 +69,64 @@ def test_sdpa_is_given_a_bias_of_linear_memory(monkeypatch):
     assert all(bias.untyped_storage().nbytes() == 4 * 599 * 4 for bias in biases)
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0, 1e4], ids=str)
+@pytest.mark.parametrize("lengths", [[700], [129, 700, 700]], ids=str)
+def test_keys_out_of_reach_weigh_nothing(lengths, size, monkeypatch):
+    """Small queries reach a few keys, large ones all; keys far from 0, as trained ones are, are
+    still seen to lie close to each other."""
+    monkeypatch.setattr(bert_layers, "LONG", 512)
+    monkeypatch.setattr(bert_layers, "QUERIES", 64)
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x: (
+            seen.append(x[0].shape[0] * x[0][0, ..., 0].numel() * x[1].shape[2]) or attend(*x)
+        ),
+    )
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 12, 16, generator=generator)
+    qkv[:, 0] *= size
+    qkv[:, 1] += 5 * torch.randn(12, 16, generator=generator)
+    all_slopes, cu_seqlens = torch.tensor(alibi_slopes(12)), torch.tensor([0, *lengths]).cumsum(0)
+    found = bert_layers.sdpa_varlen(qkv, cu_seqlens, all_slopes, None, 0.0)
+    scores, seen[:] = sum(seen), []
+    plain = bert_layers.sdpa_varlen(qkv.requires_grad_(), cu_seqlens, all_slopes, None, 0.0)
+    oracle, _ = alibi_attention(qkv.detach().double(), cu_seqlens, slopes(12), None)
+    # What is left out weighs 2^-24, which is half an eps.
+    assert_as_close(found, plain.detach(), oracle, factor=2)
+    assert scores < 0.8 * sum(seen) if size < 3 else scores == sum(seen) if size > 3 else True
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 4.0])
+def test_reach_is_a_bound_whatever_the_keys(scale):
+    """The mass beyond it, by its definition, of keys that ally against the bound."""
+    generator = torch.Generator().manual_seed(1)
+    query, key = (scale * torch.randn(1, 8, 400, 8, generator=generator) for _ in range(2))
+    # Far keys lie along the queries, near ones against them.
+    query[:] = query[:, :, :1]
+    sign = torch.where(torch.arange(400) < 40, -1.0, 1.0)[:, None]
+    key = sign * query / query.norm(dim=-1, keepdim=True) * scale
+    all_slopes = torch.tensor(alibi_slopes(8))
+    reach = torch.tensor(bert_layers.alibi_reach(query, key, all_slopes))
+    assert (reach.diff() >= 0).all() and reach[0] < 400
+    place = torch.arange(400)
+    distance = (place[:, None] - place).abs()
+    scores = (query.double() @ key.double().mT) * 8**-0.5
+    weight = (scores - all_slopes.double()[:, None, None] * distance).exp()
+    beyond = (weight * (distance >= reach[:, None, None])).sum(-1)
+    own = weight.diagonal(dim1=-2, dim2=-1)
+    assert (beyond <= 2**-24 * own).all() and (beyond > 0).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_nothing_is_left_out_where_norms_have_no_bound(value):
+    query = torch.ones(1, 4, 50, 8)
+    key = query.clone()
+    key[0, :, 7] = value
+    assert bert_layers.alibi_reach(query, key, torch.tensor(alibi_slopes(4))) == [50] * 4
+
+
 def test_the_bias_is_alibis_against_reversed_keys():
     window = bert_layers.alibi_window(torch.tensor(alibi_slopes(12)), 65_536)
     bias = bert_layers.bias_for_reversed_keys(window, 65_536)
