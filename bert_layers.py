@@ -163,7 +163,7 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
 
 
 # From this length on keys out of reach are left out on a CPU, and queries taken so many at a time.
-LONG, QUERIES = 1024, 512
+LONG, QUERIES = 1024, 256
 
 
 def alibi_reach(query: Tensor, key: Tensor, slopes: Tensor) -> list[int]:

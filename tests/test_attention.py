@@ -98,6 +98,21 @@ def test_keys_out_of_reach_weigh_nothing(lengths, size, monkeypatch):
     assert scores < 0.8 * sum(seen) if size < 3 else scores == sum(seen) if size > 3 else True
 
 
+def test_queries_read_the_keys_within_reach_of_any_of_them(monkeypatch):
+    """Without scores or slopes each context is the mean of the values that were read."""
+    monkeypatch.setattr(bert_layers, "QUERIES", 16)
+    monkeypatch.setattr(bert_layers, "alibi_reach", lambda *x: [3, 45])
+    place = torch.arange(50.0)
+    value = place.view(1, 1, 50, 1).expand(1, 2, 50, 8)
+    zeros = torch.zeros(1, 2, 50, 8)
+    bias = torch.zeros(1, 2, 50, 50)
+    found = bert_layers.attention_within_reach(zeros, zeros, value.flip(2), bias, torch.ones(2))
+    read = [range(0, 19), range(13, 35), range(29, 50), range(45, 50)]
+    means = [sum(read[i // 16]) / len(read[i // 16]) for i in range(50)]
+    torch.testing.assert_close(found[0, 0, :, 0], torch.tensor(means))
+    torch.testing.assert_close(found[0, 1], torch.full((50, 8), 24.5))
+
+
 @pytest.mark.parametrize("scale", [0.5, 2.0, 4.0])
 def test_reach_is_a_bound_whatever_the_keys(scale):
     """The mass beyond it, by its definition, of keys that ally against the bound."""
