@@ -6,6 +6,8 @@
 # make soak       long runs: memory, open files, threads, kills at random, full disks; 25 minutes
 # make test-matrix  the tests that versions can break, in environments of their own: other versions
 #                 of Python, torch and transformers, and without packages (noxfile.py); gigabytes
+# make test-clients  runs the scripts of examples/ with their clients, in environments of their own,
+#                 and compares what they compute; needs Node, npm and Debian's chromium
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
@@ -35,7 +37,7 @@ GPU_FLAGS_memory := --minutes 0.5
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: test test-slow test-matrix fuzz soak demo lint bench-cpu bench-gpu clean
+.PHONY: test test-slow test-matrix test-clients fuzz soak demo lint bench-cpu bench-gpu clean
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -47,6 +49,19 @@ test-matrix:
 	$(PYTHON) -m venv .venv-nox
 	.venv-nox/bin/pip install -q nox==2026.10.20
 	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY))
+
+test-clients: export MOSAIC_PYTHON = $(BIN)/python
+test-clients: export MOSAIC_FOLDER = $(DEMO_DIR)
+test-clients: $(VENV)/ready $(DEMO_DIR)/model.safetensors
+	$(BIN)/python convert_weights.py $(DEMO_DIR) examples/models/fill-mask --onnx --int8 --overwrite
+	$(BIN)/python convert_weights.py $(DEMO_DIR) examples/models/embeddings --onnx --int8 --overwrite \
+	--task feature-extraction
+	$(PYTHON) -m venv .venv-nox
+	.venv-nox/bin/pip install -q nox==2026.10.20
+	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY),--tags clients)
+
+$(DEMO_DIR)/model.safetensors:
+	$(MAKE) demo
 
 fuzz: $(VENV)/ready
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile fuzz -n $(JOBS) --dist worksteal

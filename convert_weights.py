@@ -7,10 +7,12 @@ engines read, and uploads it to the Hub if asked.
     python convert_weights.py jinaai/jina-embeddings-v2-base-en jina --push_to_hub ORG/NAME
     python convert_weights.py ep0-ba70000-rank0.pt my-bert --config config.json --tokenizer FOLDER
     python convert_weights.py my-bert my-bert-served --layout jina
+    python convert_weights.py my-bert my-bert-onnx --onnx --int8
 
 SOURCE is a Hub id, a folder (model*.safetensors or pytorch_model*.bin) or a Composer training
 checkpoint (.pt, with --config). The folder gets weights, config.json, the model's .py files (or, in
-Jina's layout, the pooling that servers look for), the tokenizer and a model card. Every tensor of
+Jina's layout, the pooling that servers look for), the tokenizer and a model card. With --onnx it
+gets ONNX files in place of weights and code, see mosaic_tools/onnx_export.py. Every tensor of
 the source must find its place and no place may stay empty. A decoder with a weight of its own is
 kept where the source's config says tie_word_embeddings false; Jina's layout has no place for it.
 Pickled code is never executed.
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.hf_argparser import string_to_bool
 
-from mosaic_tools.cards import SUMMARY, about_weights, stated, write_card
+from mosaic_tools.cards import OF_ONNX, SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
     DECODER,
     EMBEDDINGS,
@@ -43,6 +45,7 @@ from mosaic_tools.family import (
 )
 from mosaic_tools.files import check_folder, writing
 from mosaic_tools.layouts import from_ours, to_ours
+from mosaic_tools.onnx_export import TASKS, check_packages, for_task, save_onnx
 from mosaic_tools.publishing import check_repo_id, publish, remove_derived, write_pooling
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
 from mosaic_tools.weights import fetch, read_config, read_tensors
@@ -87,13 +90,16 @@ HEADS = {
     "classifier.": "AutoModelForSequenceClassification",
     "": "AutoModel",
 }
+# A model's weights, and its code, which an ONNX folder and Jina's layout do without.
+OF_MODELS = ("*.safetensors*", "pytorch_model*", "configuration_bert.py", "bert_layers.py")
+OF_MODELS += ("bert_padding.py", "flash_attn_triton.py")
 # What a source's config says of its own code, and what means nothing here.
 FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
 FOREIGN |= {"emb_pooler", "feed_forward_type", "model_max_length"}
 # What the training commands take alone, or with true or false, as here.
-SWITCHES = ("--private", "--overwrite")
+SWITCHES = ("--private", "--overwrite", "--onnx", "--int8")
 SWITCH = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
 
 
@@ -108,9 +114,20 @@ def main(argv=None):
         raise ValueError(f"{args.output_dir} holds the source, which would be lost: choose another")
     name = args.push_to_hub or args.output_dir.name
     given = about_weights(args.license, args.language)
+    if args.layout == "onnx":
+        check_packages()
     with new_folder(args.output_dir, args.overwrite) as folder:
         convert(
-            args.source, folder, args.config, args.tokenizer, args.dtype, name, args.layout, given
+            args.source,
+            folder,
+            args.config,
+            args.tokenizer,
+            args.dtype,
+            name,
+            args.layout,
+            given,
+            args.task,
+            args.int8,
         )
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub:
@@ -134,7 +151,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--layout",
         choices=("mosaic", "jina"),
-        default="mosaic",
         help="jina: for llama.cpp, TEI, vLLM and candle, which read no other; it needs a tokenizer",
     )
     parser.add_argument(
@@ -148,6 +164,15 @@ def parse_args(argv=None):
     parser.add_argument(
         "--language", nargs="+", help="of the text, for the card: en, zh, ...; the source card's"
     )
+    onnx = parser.add_argument_group("ONNX")
+    onnx.add_argument(
+        "--onnx",
+        **SWITCH,
+        help="for ONNX Runtime, sentence-transformers' backend, fastembed and transformers.js; "
+        "in float32, with the tokenizer",
+    )
+    onnx.add_argument("--int8", **SWITCH, help="onnx/model_quantized.onnx too, of 8-bit weights")
+    onnx.add_argument("--task", choices=list(TASKS), help="that of the source's head if not given")
     hub = parser.add_argument_group("Hub", "as whom you are logged in: `hf auth login` or HF_TOKEN")
     hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
     hub.add_argument("--private", **SWITCH, help="only to a private repository")
@@ -155,6 +180,13 @@ def parse_args(argv=None):
     args = parser.parse_args(with_values(sys.argv[1:] if argv is None else argv))
     if (args.private or args.revision) and not args.push_to_hub:
         parser.error("--private and --revision need --push_to_hub")
+    if (args.int8 or args.task) and not args.onnx:
+        parser.error("--int8 and --task need --onnx")
+    if args.onnx and args.layout:
+        parser.error(f"--onnx is a layout of its own: leave out --layout {args.layout}")
+    if args.onnx and args.dtype not in (None, "float32"):
+        parser.error(f"--onnx writes float32, not {args.dtype}: leave out --dtype; see --int8")
+    args.layout = "onnx" if args.onnx else args.layout or "mosaic"
     return args
 
 
@@ -178,10 +210,13 @@ def convert(
     name: str | None = None,
     layout: str = "mosaic",
     given: dict | None = None,
+    task: str | None = None,
+    int8: bool = False,
 ):
     """Writes `folder` from `source`, for a model called `name`; the others are the command line's.
 
     Args:
+        layout: "mosaic", "jina", or "onnx", which alone reads `task` and `int8`.
         given: licence and language, as the card takes them, in place of those of the source's card.
 
     Raises:
@@ -194,13 +229,20 @@ def convert(
     check_finite(source, tensors)
     tokenizer_name = tokenizer_name or find_tokenizer(path)
     tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
-    config = make_config(read_config(config_file or path), tensors, tokenizer)
+    values = read_config(config_file or path)
+    config = make_config(values, tensors, tokenizer)
     auto_class = next(x for prefix, x in HEADS.items() if has(tensors, prefix))
+    absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
+    if layout == "onnx":
+        if tokenizer is None:
+            raise ValueError("clients need a tokenizer, and the source has none: pass --tokenizer")
+        architecture = (values.get("architectures") or [""])[0]
+        task, auto_class, tensors = for_task(source, architecture, auto_class, tensors, task)
+        dtype = "float32"
     model = make_model(auto_class, config, tensors)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
 
-    absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
     is_local = Path(source).exists()
     facts = {
         "converted from": f"{Path(source).name if is_local else source} ({found})",
@@ -222,13 +264,17 @@ def convert(
     with writing(name):
         if layout == "jina":
             save_jina(model, auto_class, folder, tokenizer)
+        elif layout == "onnx":
+            save_onnx(model, task, folder, path, int8)
         else:
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             make_tokenizer_portable(folder, config.alibi_starting_size)
-        write_card(folder, name, SUMMARY, facts, **about)
-    print(f"{source}: {found} layout, {len(tensors)} tensors, loads with {auto_class}")
+        summary = OF_ONNX if layout == "onnx" else SUMMARY
+        write_card(folder, name, summary, facts, **about)
+    use = f"exported for {task}" if layout == "onnx" else f"loads with {auto_class}"
+    print(f"{source}: {found} layout, {len(tensors)} tensors, {use}")
     print(f"Not in the source: {absent}")
 
 
@@ -369,7 +415,7 @@ def new_folder(path: Path, overwrite: bool):
         path.mkdir(parents=True, exist_ok=True)
         # What a former conversion left would be loaded beside the new files, or instead of them.
         remove_derived(path)
-        for pattern in ("*.safetensors*", "pytorch_model*", "*token*.json", "vocab.txt"):
+        for pattern in (*OF_MODELS, "*token*.json", "vocab.txt"):
             for file in path.glob(pattern):
                 file.unlink()
         for file in (x for x in Path(temporary).rglob("*") if x.is_file()):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make test-matrix`: the tests that versions can break, where `make test` does not run them.
+"""`make test-matrix`: the tests that versions can break, where `make test` does not run them; and
+`make test-clients`: the scripts of examples/, each where its client is installed.
 
 Each row of ENVIRONMENTS is a session with an environment of its own. What a row does not pin is the
 newest that pip finds, as a stranger gets it. A missing interpreter is an error.
@@ -8,7 +9,20 @@ newest that pip finds, as a stranger gets it. A missing interpreter is an error.
     make test-matrix ONLY="oldest model-only"
 
 docs/compatibility.md says what they found.
+
+Each row of CLIENTS is a session too, of the versions in constraints/clients/. Clients in JavaScript
+need Node and npm, the page needs Debian's Chromium. Their folders are in examples/models/.
+
+    make test-clients                         needs runs/demo, and makes it if it is not there
+    make test-clients ONLY="fastembed node"
+
+docs/serving.md says what they found.
 """
+
+import hashlib
+import os
+import sys
+from pathlib import Path
 
 import nox
 
@@ -85,3 +99,86 @@ for name, (python, packages, tests) in ENVIRONMENTS.items():
         session.run("python", "-m", "pip", "freeze")
         files = [f"tests/test_{test}" for test in tests.split()]
         session.run("python", "-m", "pytest", "-rs", "-k", QUICK, *files, *session.posargs)
+
+
+# What a client may differ by: 1 - a cosine, or a score. In float32, and with weights of 8 bits.
+AT_MOST = {"float32": 1e-5, "int8": 2e-2}
+EMBEDDINGS, MASKED = "examples/models/embeddings", "examples/models/fill-mask"
+# Of several lengths, so that some are padded.
+TEXTS = (
+    "Returns the length of the list.",
+    "A file.",
+    "Read all the bytes of an object, and write them to a file that is open for writing.",
+)
+# And one that is cut. Not for transformers.js, which cuts off the last [SEP] too.
+WITH_LONG = (*TEXTS, "Read the bytes of an object. " * 60)
+MASKS = ("The function returns the [MASK] of the list.",)
+INT8_FILE = "--file onnx/model_quantized.onnx"
+
+# name: (what pip installs, runs: (command, its folder and texts, what chooses 8 bits))
+CLIENTS = {
+    "optimum": (
+        "torch sentence-transformers optimum-onnx onnxruntime",
+        (
+            (
+                "python examples/sentence_transformers_onnx.py",
+                (EMBEDDINGS, *WITH_LONG),
+                "--file model_quantized.onnx",
+            ),
+            ("python examples/optimum_onnx.py", (MASKED, *MASKS), "--file model_quantized.onnx"),
+        ),
+    ),
+    "fastembed": (
+        "fastembed",
+        (("python examples/fastembed_custom.py", (EMBEDDINGS, *WITH_LONG), INT8_FILE),),
+    ),
+    "openvino": (
+        "openvino tokenizers",
+        (("python examples/openvino_onnx.py", (EMBEDDINGS, *WITH_LONG), INT8_FILE),),
+    ),
+    "node": (
+        "",
+        (
+            ("node examples/node/embed.mjs", (EMBEDDINGS, *TEXTS), "--dtype q8"),
+            ("node examples/node/fill_mask.mjs", (MASKED, *MASKS), "--dtype q8"),
+        ),
+    ),
+    # Its page has the folders and the texts.
+    "browser": ("playwright", (("python tests/browser.py", (), "--dtype q8"),)),
+}
+NPM_INSTALL = "npm install --ignore-scripts --no-package-lock --no-fund --no-audit"
+
+for name, (packages, runs) in CLIENTS.items():
+
+    @nox.session(name=name, python="3.11" if packages else False, tags=["clients"], default=False)
+    def client(session, packages=packages, runs=runs):
+        if packages:
+            constraints = f"constraints/clients/{session.name}.txt"
+            session.install(*packages.split(), "-c", constraints)
+        if session.name in ("node", "browser"):
+            with session.chdir("examples"):
+                session.run(*NPM_INSTALL.split(), external=True)
+        before = digests()
+        for command, arguments, int8 in runs:
+            for weights, flags in (("float32", ""), ("int8", int8)):
+                output = Path(session.create_tmp(), f"{Path(command).stem}-{weights}.jsonl")
+                with open(output, "w") as file:
+                    session.run(
+                        *(*command.split(), *arguments, *flags.split()),
+                        env={"HF_HUB_OFFLINE": "1"},
+                        stdout=file,
+                        stderr=sys.stderr,
+                        external=not packages,
+                    )
+                # What the ONNX files were made of, where this package is installed.
+                python, source = (os.environ[x] for x in ("MOSAIC_PYTHON", "MOSAIC_FOLDER"))
+                limit = f"--at-most={AT_MOST[weights]}"
+                session.run(python, "tests/clients.py", source, str(output), limit, external=True)
+        if digests() != before:
+            session.error("the client wrote into examples/models/")
+
+
+def digests() -> dict[Path, str]:
+    """What is in the exported folders, file by file."""
+    files = [x for x in Path("examples/models").rglob("*") if x.is_file()]
+    return {x: hashlib.sha256(x.read_bytes()).hexdigest() for x in files}

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData, metadata_load
 TASKS = {"ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification"}
 PAPER = "2312.17482"
 SUMMARY = "A MosaicBERT encoder: BERT with ALiBi, gated MLPs and no padding inside."
+OF_ONNX = "A MosaicBERT encoder, BERT with ALiBi and gated MLPs, as a graph for ONNX Runtime."
 CARD = """\
 ---
 {metadata}
@@ -104,6 +105,45 @@ from llama_cpp import Llama
 
 print(Llama("model.gguf", embedding=True).embed("A sentence."))
 ```"""
+# Of a graph's outputs, by task: the text it is asked for, and what is made of them.
+EXAMPLE_OF_ONNX = """\
+```python
+from onnxruntime import InferenceSession
+from transformers import {imports}
+
+# In this folder. Its config is BERT's, as the clients below want it, and it has no weights for
+# transformers' models.
+tokenizer = AutoTokenizer.from_pretrained(".")
+inputs = tokenizer({text}, return_tensors="np")
+({output},) = InferenceSession("onnx/model.onnx").run(None, dict(inputs))
+{rest}
+```
+
+In transformers.js, in sentence-transformers by `backend="onnx"`, in fastembed and in optimum it is
+a model like those of BERT."""
+ONNX_EXAMPLES = {
+    "fill-mask": {
+        "imports": "AutoTokenizer",
+        "text": 'f"A {tokenizer.mask_token} sentence."',
+        "output": "logits",
+        "rest": 'masked = inputs["input_ids"] == tokenizer.mask_token_id\n'
+        "print(tokenizer.decode(logits[masked].argmax(-1)))",
+    },
+    "text-classification": {
+        "imports": "AutoConfig, AutoTokenizer",
+        "text": '"A sentence."',
+        "output": "logits",
+        "rest": 'print(AutoConfig.from_pretrained(".").id2label[int(logits.argmax())])',
+    },
+    "feature-extraction": {
+        "imports": "AutoTokenizer",
+        "text": '["A sentence.", "And a longer one."], padding=True',
+        "output": "hidden",
+        "rest": "# The mean over a text's tokens, without padding.\n"
+        'mask = inputs["attention_mask"][..., None]\n'
+        "print(((hidden * mask).sum(1) / mask.sum(1)).shape)",
+    },
+}
 USES = {
     "fill-mask": """\
 To guess masked tokens, and above all to be fine-tuned: to classify texts or tokens, to answer
@@ -197,12 +237,16 @@ def write_card(
     ending = next((x for x in TASKS if architecture.endswith(x)), "")
     task = TASKS.get(ending, "feature-extraction")
     served = architecture == "JinaBertModel"
-    of_the_family = served or config["model_type"] == "mosaic_bert"
+    # A graph's config is a stock BERT's.
+    exported = config["model_type"] == "bert" and (folder / "onnx" / "model.onnx").is_file()
+    of_the_family = served or exported or config["model_type"] == "mosaic_bert"
     retrieves = (folder / "config_sentence_transformers.json").is_file()
     tags = ["sentence-transformers"] if retrieves else []
-    tags += ["mosaic-bert", "alibi", "custom_code", f"arxiv:{PAPER}"] if of_the_family else []
+    kind = "onnx" if exported else "custom_code"
+    tags += ["mosaic-bert", "alibi", kind, f"arxiv:{PAPER}"] if of_the_family else []
+    library = "transformers.js" if exported else "transformers"
     data = ModelCardData(
-        library_name="sentence-transformers" if retrieves else "transformers",
+        library_name="sentence-transformers" if retrieves else library,
         pipeline_tag="sentence-similarity" if retrieves else task,
         tags=tags or None,
         model_name=name if metadata.get("eval_results") else None,
@@ -210,6 +254,8 @@ def write_card(
     )
     if served:
         examples = [EXAMPLE_SERVED]
+    elif exported:
+        examples = [EXAMPLE_OF_ONNX.format(**ONNX_EXAMPLES[task])]
     elif retrieves:
         examples = [EXAMPLE_OF_RETRIEVAL]
     elif not (folder / "tokenizer_config.json").is_file():
@@ -232,6 +278,8 @@ def write_card(
         examples="\n\n".join(examples),
         table="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         use=USES[task],
-        of_the_family=("" if served else FINE_TUNING) + citation if of_the_family else "",
+        of_the_family=("" if served or exported else FINE_TUNING) + citation
+        if of_the_family
+        else "",
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -174,7 +174,7 @@ def files_to_upload(folder: Path) -> list[str]:
         needed += [place / x for x in ("config.json", *own_code(place))]
         if (index := place / "model.safetensors.index.json").is_file():
             needed += listed_shards(index)
-        elif not list(place.glob("model*.safetensors")):
+        elif not (list(place.glob("model*.safetensors")) or is_graph(place)):
             needed.append(place / "model.safetensors")
     # What would be left behind of others, as pickles.
     for place in places[1:]:
@@ -246,6 +246,11 @@ def own_code(place: Path) -> set[str]:
     names |= {x for x in custom if (place / x).is_file()}
     there = [place / x for x in names if (place / x).is_file()]
     return names | {Path(y).name for x in there for y in get_relative_import_files(x)}
+
+
+def is_graph(place: Path) -> bool:
+    """Whether a model is an ONNX file alone, which needs no weights beside it."""
+    return (place / "onnx" / "model.onnx").is_file() and not own_code(place)
 
 
 def pictures(folder: Path) -> set[str]:

@@ -245,6 +245,7 @@ OF_PAIRS = f"{EMBED} --train_file pairs.jsonl --validation_file pairs.jsonl"
 FOLDER = ("is a file, expected a folder", "choose another")
 SHARE = ("at least 0 and below 1",)
 
+ONNX = "convert_weights model out --onnx"
 CONVERTER = [
     ("a source that is nowhere", "convert_weights nowhere out", "nowhere is neither a file"),
     ("a folder without weights", "convert_weights empty out", "empty holds neither model.safe"),
@@ -275,6 +276,16 @@ CONVERTER = [
     ),
     ("no output", "convert_weights model", "required: output_dir"),
     ("a licence of one's own", "convert_weights model out --license 'Apache 2'", "'Apache 2':"),
+    ("8 bits of weights", "convert_weights model out --int8", "--int8 and --task need --onnx"),
+    ("a task for weights", "convert_weights model out --task fill-mask", "--task need --onnx"),
+    ("two layouts", f"{ONNX} --layout jina", "a layout of its own: leave out --layout jina"),
+    ("a graph in bfloat16", f"{ONNX} --dtype bfloat16", "float32, not bfloat16", "leave out"),
+    ("an unknown task", f"{ONNX} --task ner", "'ner'", "'fill-mask', 'text-classification', 'feat"),
+    (
+        "a task of another head", f"{ONNX} --task text-classification",
+        "model has no head for --task text-classification", "for fill-mask or feature-extraction",
+    ),
+    ("a graph over the source", "convert_weights model model --onnx --overwrite", "model holds"),
     ("a language spelt out", "convert_weights model out --language English", "'English': give"),
 ]  # fmt: skip
 
