@@ -11,7 +11,7 @@
 # make demo       creates the environment, pre-trains a small model (7 minutes on two cores
 #                 that compute bf16, 10 in float32 on others) and lets it fill masks
 # make lint       ruff
-# make bench-cpu  speed and memory on a CPU, about 40 minutes on two cores
+# make bench-cpu  speed and memory on a CPU, about 70 minutes on two cores
 # make bench-gpu  all of them on a GPU, under 9 minutes; BENCH_PYTHON=python3 takes what is there
 #                 ONLY="attention pretraining" chooses, the plots are drawn from all records
 # JOBS=2 runs so many tests at a time; each wants two cores, since some start two processes.
@@ -27,7 +27,7 @@ DEMO_DIR ?= runs/demo
 DEMO_FLAGS ?=
 DEMO_FACTOR ?= 4
 BENCH_PYTHON ?= $(BIN)/python
-ON_CPU := pretraining inference memory profile_step
+ON_CPU := pretraining inference memory profile_step serving long_inputs
 ON_GPU := pretraining attention profile_step inference memory
 # After these minutes a script begins nothing more; what it compiles or runs may take another.
 GPU_FLAGS_pretraining := --minutes 3.5

@@ -8,11 +8,13 @@ engines read, and uploads it to the Hub if asked.
     python convert_weights.py ep0-ba70000-rank0.pt my-bert --config config.json --tokenizer FOLDER
     python convert_weights.py my-bert my-bert-served --layout jina
     python convert_weights.py my-bert my-bert-onnx --onnx --int8
+    python convert_weights.py my-bert my-bert-compiled --aot
 
 SOURCE is a Hub id, a folder (model*.safetensors or pytorch_model*.bin) or a Composer training
 checkpoint (.pt, with --config). The folder gets weights, config.json, the model's .py files (or, in
 Jina's layout, the pooling that servers look for), the tokenizer and a model card. With --onnx it
-gets ONNX files in place of weights and code, see mosaic_tools/onnx_export.py. Every tensor of
+gets ONNX files in place of weights and code, see mosaic_tools/onnx_export.py; with --aot, model.pt2
+as well, which is compiled for full rows, see mosaic_tools/aot.py. Every tensor of
 the source must find its place and no place may stay empty. A decoder with a weight of its own is
 kept where the source's config says tie_word_embeddings false; Jina's layout has no place for it.
 Pickled code is never executed.
@@ -31,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.hf_argparser import string_to_bool
 
+from mosaic_tools.aot import check_compiler, save_aot
 from mosaic_tools.cards import OF_ONNX, SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
     DECODER,
@@ -92,14 +95,14 @@ HEADS = {
 }
 # A model's weights, and its code, which an ONNX folder and Jina's layout do without.
 OF_MODELS = ("*.safetensors*", "pytorch_model*", "configuration_bert.py", "bert_layers.py")
-OF_MODELS += ("bert_padding.py", "flash_attn_triton.py")
+OF_MODELS += ("bert_padding.py", "flash_attn_triton.py", "model.pt2", "aot.py")
 # What a source's config says of its own code, and what means nothing here.
 FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
 FOREIGN |= {"gradient_checkpointing", "output_past", "position_embedding_type", "use_cache"}
 FOREIGN |= {"emb_pooler", "feed_forward_type", "model_max_length"}
 # What the training commands take alone, or with true or false, as here.
-SWITCHES = ("--private", "--overwrite", "--onnx", "--int8")
+SWITCHES = ("--private", "--overwrite", "--onnx", "--int8", "--aot")
 SWITCH = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
 
 
@@ -116,6 +119,8 @@ def main(argv=None):
     given = about_weights(args.license, args.language)
     if args.layout == "onnx":
         check_packages()
+    if args.aot:
+        check_compiler()
     with new_folder(args.output_dir, args.overwrite) as folder:
         convert(
             args.source,
@@ -126,8 +131,9 @@ def main(argv=None):
             name,
             args.layout,
             given,
-            args.task,
-            args.int8,
+            task=args.task,
+            int8=args.int8,
+            aot=args.aot,
         )
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub:
@@ -172,7 +178,16 @@ def parse_args(argv=None):
         "in float32, with the tokenizer",
     )
     onnx.add_argument("--int8", **SWITCH, help="onnx/model_quantized.onnx too, of 8-bit weights")
-    onnx.add_argument("--task", choices=list(TASKS), help="that of the source's head if not given")
+    parser.add_argument(
+        "--aot",
+        **SWITCH,
+        help="model.pt2 too, compiled for full rows on CPUs like this one, under this torch",
+    )
+    parser.add_argument(
+        "--task",
+        choices=list(TASKS),
+        help="of --onnx and --aot; that of the source's head if not given",
+    )
     hub = parser.add_argument_group("Hub", "as whom you are logged in: `hf auth login` or HF_TOKEN")
     hub.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the folder, in one commit")
     hub.add_argument("--private", **SWITCH, help="only to a private repository")
@@ -180,8 +195,12 @@ def parse_args(argv=None):
     args = parser.parse_args(with_values(sys.argv[1:] if argv is None else argv))
     if (args.private or args.revision) and not args.push_to_hub:
         parser.error("--private and --revision need --push_to_hub")
-    if (args.int8 or args.task) and not args.onnx:
-        parser.error("--int8 and --task need --onnx")
+    if args.int8 and not args.onnx:
+        parser.error("--int8 needs --onnx")
+    if args.task and not (args.onnx or args.aot):
+        parser.error("--task needs --onnx or --aot")
+    if args.aot and (args.onnx or args.layout == "jina"):
+        parser.error("--aot compiles what the mosaic layout holds: give it without --onnx and jina")
     if args.onnx and args.layout:
         parser.error(f"--onnx is a layout of its own: leave out --layout {args.layout}")
     if args.onnx and args.dtype not in (None, "float32"):
@@ -212,11 +231,13 @@ def convert(
     given: dict | None = None,
     task: str | None = None,
     int8: bool = False,
+    aot: bool = False,
 ):
     """Writes `folder` from `source`, for a model called `name`; the others are the command line's.
 
     Args:
-        layout: "mosaic", "jina", or "onnx", which alone reads `task` and `int8`.
+        layout: "mosaic", "jina", or "onnx", which alone reads `int8`.
+        task: of "onnx" and `aot`; of `aot` the head's own, or "feature-extraction".
         given: licence and language, as the card takes them, in place of those of the source's card.
 
     Raises:
@@ -242,6 +263,16 @@ def convert(
     model = make_model(auto_class, config, tensors)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
+
+    if aot:
+        if task not in (None, "feature-extraction") and TASKS[task][0] != auto_class:
+            raise ValueError(
+                f"{source} has no head for --task {task}: leave it out, or give feature-extraction"
+            )
+        if auto_class == "AutoModel" or task == "feature-extraction":
+            save_aot(model.base_model, "last_hidden_state", folder)
+        else:
+            save_aot(model, "logits", folder)
 
     is_local = Path(source).exists()
     facts = {

@@ -4,7 +4,8 @@
     python benchmarks/plot.py
 
 results/cpu_pretraining.png: BERT's and ModernBERT's time over ours on a CPU, forward and training
-step; results/cpu_inference.png: the same for embeddings. results/gpu.png: the same for training
+step; results/cpu_inference.png: the same for embeddings; results/serving.png: BERT's time over ours
+in each way of serving, and which way is fastest. results/gpu.png: the same for training
 steps on a GPU against the length of rows, and attention's time against it. Of each case the newest
 record counts. CPUs of other instructions have panels of their own, other GPUs curves. Prints what
 was drawn and what is missing.
@@ -26,7 +27,6 @@ NAMES = {
     "bert-compiled": "BERT, compiled", "bert-flex": "BERT, FlexAttention, unpadded, compiled",
     "modernbert": "ModernBERT", "modernbert-compiled": "ModernBERT, compiled",
     "modernbert-flex": "ModernBERT, FlexAttention, unpadded, compiled",
-    "onnxruntime": "MosaicBERT in ONNX Runtime",
 }  # fmt: skip
 # The arguments of draw_cpu by the records' file.
 ON_CPU = {
@@ -36,6 +36,17 @@ ON_CPU = {
     },
     "inference": {"batch": "batch", "tasks": {"embeddings": "embeddings"}},
 }
+# Ways to serve, and the panels of draw_serving: title, value, model.
+WAYS = {
+    "eager": "PyTorch", "aot": "compiled ahead of time", "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO", "torch-int8": "PyTorch, int8",
+    "torch-int8-but-wo": "PyTorch, int8 but mlp.wo",
+    "torchao-int8": "torchao, int8, compiled", "onnx-int8": "ONNX Runtime, int8",
+}  # fmt: skip
+SERVED = (
+    ("BERT's time / MosaicBERT's, run the same way", "over_ours", "bert"),
+    ("MosaicBERT's time / its time in PyTorch", "over_eager", "mosaic"),
+)
 PROVIDERS = {
     "ours": "ours", "ours-all-tiles": "ours, no tile skipped", "flex": "FlexAttention, ALiBi",
     "varlen_attn": "FlashAttention 2, no bias", "sdpa": "SDPA, dense bias",
@@ -125,6 +136,46 @@ def draw_bars(panels, records, tasks):
     return bars
 
 
+def draw_serving(folder):
+    """Bars of serving.jsonl's embeddings in float32 and int8, a row of panels for each place and
+    number of threads."""
+    keys = ("task", "dtype", "threads", "batch", "setting")
+    records = {
+        key: x
+        for key, x in newest(folder, "serving", "least_ms", *keys).items()
+        if key[:2] == ("embeddings", "float32")
+    }
+    if not records:
+        print("no record in serving.jsonl: make bench-cpu ONLY=serving")
+        return
+    places = sorted({(key[-1], key[2]) for key in records})
+    figure = Figure(figsize=(10, 3.6 * len(places)), layout="constrained")
+    bars = {}
+    grid = figure.subplots(len(places), len(SERVED), squeeze=False)
+    for panels, (where, threads) in zip(grid, places, strict=True):
+        here = {key[3:5]: x for key, x in records.items() if (key[-1], key[2]) == (where, threads)}
+        batches = list(dict.fromkeys(batch for batch, _ in here))
+        for axes, (title, value, model) in zip(panels, SERVED, strict=True):
+            for i, (way, name) in enumerate(WAYS.items()):
+                found = [
+                    (x + i / (len(WAYS) + 1), here[batch, f"{model}-{way}"][value])
+                    for x, batch in enumerate(batches)
+                    if value in here.get((batch, f"{model}-{way}"), {})
+                ]
+                if found:
+                    bars[name] = axes.bar(
+                        *zip(*found, strict=True), 0.9 / (len(WAYS) + 1), color=f"C{i}"
+                    )
+            axes.axhline(1, color="black", linewidth=0.8)
+            labels = [batch.replace(" ", "\n", 1) for batch in batches]
+            axes.set_xticks([x + 0.4 for x in range(len(batches))], labels, fontsize="small")
+            count = f"{threads} thread{'s' if threads > 1 else ''}"
+            several = f"\n{where}" if len({place for place, _ in places}) > 1 else ""
+            axes.set_title(f"{title}, {count}{several}", fontsize="small")
+    figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4)
+    finish(figure, folder / "serving.png")
+
+
 def draw_gpu(folder):
     """Ratios of a step, and attention's time, against the length of rows, in bfloat16."""
     keys = ("dtype", "task", "lengths", "setting", "seqlen")
@@ -176,6 +227,7 @@ def main():
     args = parser.parse_args()
     for name, values in ON_CPU.items():
         draw_cpu(args.results, name, **values)
+    draw_serving(args.results)
     draw_gpu(args.results)
 
 

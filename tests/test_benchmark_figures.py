@@ -215,7 +215,12 @@ def test_floors_are_what_a_part_must_do_over_the_rates():
         config=SimpleNamespace(**sizes), parameters=lambda: [torch.zeros(5), torch.zeros(3, 5)]
     )
     encoder = SimpleNamespace(
-        model=model, dtype=torch.float32, setting=encoders.SETTINGS["mosaic"], flop=lambda _: 1e9
+        model=model,
+        run=model,
+        dtype=torch.float32,
+        setting=encoders.SETTINGS["mosaic"],
+        task="step",
+        flop=lambda _: 1e9,
     )
     labels = torch.tensor([[1, -100, -100, -100], [1, 2, -100, -100]])
     rows = SimpleNamespace(lengths=[4, 2], labels=labels)
@@ -238,6 +243,19 @@ def test_floors_are_what_a_part_must_do_over_the_rates():
     free = {"matmul_tflops": 1.0, "copy_gbytes_per_s": 1e9}
     found = profile_step.floors(encoder, rows, free)
     assert found["attention"] == pytest.approx(14 * scores / 1e9)
+
+    # Inference goes forward only, and must read its matrices: here one of 3 x 5.
+    encoder.task, encoder.flop = "fill-mask", lambda _: 4 * scores
+    found = profile_step.floors(encoder, rows, {"matmul_tflops": 1.0, "copy_gbytes_per_s": 1.0})
+    assert found == pytest.approx(
+        {
+            "matmul": 15 * 4 / 1e6,
+            "attention": 4 * hidden / 1e6,
+            "LayerNorm": 3 * 3 * hidden / 1e6,
+            "GLU": 3 * 6 * 8 * 4 / 1e6,
+            "gaps": 0,
+        }
+    )
 
 
 def test_the_data_script_counts_million_tokens_a_second(monkeypatch):

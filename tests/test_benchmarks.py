@@ -16,7 +16,7 @@ from training import DOCUMENTS, run, write_vocab
 from benchmarks import half_precision, plot
 from benchmarks.learning import learning, pareto
 from benchmarks.records import command, environment, place, version
-from benchmarks.speed import clocks, compare, data, encoders, pretraining, profile_step
+from benchmarks.speed import clocks, compare, data, encoders, pretraining, profile_step, serving
 from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 from mosaic_tools import devices
 
@@ -85,6 +85,7 @@ def test_a_kernel_belongs_to_the_part_it_is_named_after(name, part):
 
 def test_plots_without_records_say_what_is_missing(tmp_path, capsys):
     plot.draw_cpu(tmp_path, "inference", **plot.ON_CPU["inference"])
+    plot.draw_serving(tmp_path)
     plot.draw_gpu(tmp_path)
     said = capsys.readouterr().out
     assert "make bench-cpu" in said and "make bench-gpu" in said
@@ -139,6 +140,27 @@ def drawn(monkeypatch, draw, *args, **kwargs):
     monkeypatch.setattr(plot, "finish", lambda figure, path: figures.append(figure))
     draw(*args, **kwargs)
     return figures[0].axes
+
+
+def test_ways_to_serve_are_drawn_beside_each_other(tmp_path, monkeypatch):
+    """Left BERT's time over ours the same way, right ours over our eager one."""
+    ways = {"mosaic-eager": (1, 1), "bert-eager": (0.7, 0.7), "mosaic-aot": (1, 0.5)}
+    ways |= {"bert-aot": (0.8, 0.4), "modernbert-eager": (None, 1.6)}
+    case = {"task": "embeddings", "batch": "1x16", "device": "Chip, 2 cores", "least_ms": 1.0}
+    records = [
+        case | {"dtype": dtype, "threads": threads, "setting": name}
+        | {"over_ours": same, "over_eager": eager}
+        for name, (same, eager) in ways.items()
+        for threads in (1, 2)
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+    records.append(case | {"dtype": "float32", "threads": 1, "setting": "mosaic-openvino"})
+    (tmp_path / "serving.jsonl").write_text("\n".join(map(json.dumps, records)))
+    panels = drawn(monkeypatch, plot.draw_serving, tmp_path)
+    assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [
+        [0.7, 0.8],
+        [1, 0.5],
+    ] * 2
 
 
 def test_processors_of_other_instructions_are_drawn_apart(tmp_path, monkeypatch):
@@ -340,6 +362,27 @@ else:
     )
 
 
+@pytest.mark.parametrize(
+    "lengths, expected",
+    [([5], [(5, 0, 1)]), ([8, 8, 3], [(8, 0, 2), (3, 2, 3)]), ([3, 2], [(3, 0, 1), (2, 1, 2)])],
+)
+def test_rows_of_one_length_are_a_call(lengths, expected):
+    assert [(n, rows.start, rows.stop) for n, rows in serving.runs(lengths)] == expected
+
+
+def test_a_result_is_judged_by_its_worst_real_token():
+    rows = encoders.make_rows([3, 8])
+    right = torch.eye(8).expand(2, 8, 8).clone()
+    wrong = right.clone()
+    # Padding, which nobody reads, and then a token.
+    wrong[0, 5] = -1
+    assert serving.least_cosine(wrong, right, rows) == 1
+    wrong[0, 2] = right[0, 3]
+    assert serving.least_cosine(wrong, right, rows) == 0
+    unpadded = right[rows.mask.bool()]
+    assert serving.least_cosine(unpadded, right, rows) == 1
+
+
 def test_drift_is_that_of_the_outputs():
     """In one of two dimensions; the second of two guesses is another word."""
     hidden, logits = torch.ones(1, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
@@ -386,10 +429,14 @@ for name in ("mosaic-base", "bert-base"):
     "words, cases",
     [
         ("speed/pretraining.py --settings mosaic bert modernbert --rounds 1", 6),
-        ("speed/inference.py --settings mosaic bert onnxruntime --rounds 1 --tasks embeddings", 3),
+        ("speed/inference.py --settings mosaic bert --rounds 1 --tasks embeddings", 2),
+        ("speed/serving.py --settings mosaic-eager mosaic-torch-int8 bert-eager --rounds 1", 25),
         ("speed/memory.py --settings mosaic --tasks step --longest 32", 4),
         ("speed/sentence_embeddings.py --trained mosaic --rounds 1", 6),
         ("speed/profile_step.py --steps 1", 12),
+        ("speed/profile_step.py --steps 1 --task embeddings --setting bert", 12),
+        ("speed/long_inputs.py --rounds 1", 8),
+        ("learning/quantized.py --ways float32 torch onnx-int8", 9),
         ("kernel/attention.py --providers ours sdpa", 16),
         ("kernel/tune.py", 11),
         ("half_precision.py --models mosaic-base bert-base --lengths 16", 7),

@@ -87,19 +87,19 @@ def measure(encoders, lengths, facts, rounds, seconds, deadline):
         yield facts | {"setting": name} | vars(SETTINGS[name]) | row
 
 
-def sweep(args, batches, seconds, deadline, make=Encoder):
+def sweep(args, batches, seconds, deadline):
     """`measure`'s rows for every dtype, task and batch.
 
     Args:
         args: `settings`, `dtypes`, `tasks`, `rounds`.
         batches: a function of the task that gives (facts, lengths) of each batch.
-        seconds, deadline, make: as for `measure` and `build`.
+        seconds, deadline: as for `measure`.
     """
     for name in args.dtypes:
         dtype = getattr(torch, name)
         rates = ceilings(dtype) | {"threads": torch.get_num_threads()}
         for task in args.tasks:
-            encoders = build(args.settings, dtype, task, make)
+            encoders = build(args.settings, dtype, task)
             for batch, lengths in batches(task):
                 facts = {"task": task, "dtype": name} | batch | rates
                 yield from measure(encoders, lengths, facts, args.rounds, seconds, deadline)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast are embeddings and fill-mask, beside BERT-Base, ModernBERT-Base and ONNX Runtime?
+"""How fast are embeddings and fill-mask, beside BERT-Base and ModernBERT-Base?
 
 Method: encoders.py builds each setting with random weights in the dtype, and checks it in float32.
 "embeddings" is the mean of a row's last hidden states, "fill-mask" the logits of all its tokens.
 Each is given ids, padded to the longest row, and a mask where there is padding, as its users do;
 settings that pad nothing find the tokens within the time. Rows are full ones of 128 tokens, 8 with
-half padding, or of C4's lengths (lengths.py) up to 256, on a GPU 2048. ONNX Runtime runs our
-encoder, exported with dynamic batch and length, in float32 on the CPU. Timed in turn, medians with
-20 and 80 % quantiles; on a GPU, of 3 calls without waiting in between.
+half padding, or of C4's lengths (lengths.py) up to 256, on a GPU 2048. Timed in turn, medians with
+20 and 80 % quantiles; on a GPU, of 3 calls without waiting in between. serving.py has other ways to
+run the models on a CPU.
 
     python benchmarks/speed/inference.py
-    python benchmarks/speed/inference.py --settings mosaic onnxruntime --tasks embeddings
+    python benchmarks/speed/inference.py --settings mosaic bert --tasks embeddings
     python benchmarks/speed/inference.py --toy  # proves the script, on a CPU
 
 Output: one JSON line per setting and rows, appended to --output too, then a table. "ratio" is a
@@ -19,7 +19,6 @@ setting's time over that of our fastest one.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,71 +27,18 @@ from benchmarks import toy
 if __name__ == "__main__":
     toy.choose(sys.argv)
 
-import torch
-
 from benchmarks.records import print_table, recorder
 from benchmarks.speed.clocks import DEVICE, TOY, Deadline, record_file
 from benchmarks.speed.compare import sweep
-from benchmarks.speed.encoders import SETTINGS, Encoder, Setting, make_rows, mean
+from benchmarks.speed.encoders import SETTINGS
 from benchmarks.speed.lengths import HALF_PADDING, c4_lengths
 
 ON_GPU = ["mosaic", "mosaic-compiled", "bert", "bert-compiled", "modernbert", "modernbert-compiled"]
-ON_CPU = ["mosaic", "bert", "modernbert", "onnxruntime"]
-SETTINGS["onnxruntime"] = Setting("mosaic", "eager")
+ON_CPU = ["mosaic", "bert", "modernbert"]
 COLUMNS = {
     "task": "", "dtype": "", "batch": "", "setting": "", "ms": ".1f", "tokens_per_s": ",.0f",
     "mfu": ".1%", "ratio": ".2f", "peak_bytes": ",",
 }  # fmt: skip
-
-
-class Exported(Encoder):
-    """Our encoder as ONNX Runtime runs it: padding stays, masked, with a dense bias."""
-
-    def __init__(self, name, dtype, task):
-        if (task, dtype, DEVICE) != ("embeddings", torch.float32, "cpu"):
-            raise ValueError("exported for embeddings in float32 on a CPU only")
-        import onnxruntime
-
-        super().__init__(name, dtype, task)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder, "model.onnx"))
-            self.export(file)
-            self.session = onnxruntime.InferenceSession(
-                file, options, providers=["CPUExecutionProvider"]
-            )
-        self.compare()
-
-    def export(self, file):
-        """Writes the encoder as ONNX, for any batch and length."""
-        rows = make_rows([12, 5])
-        example = {"input_ids": rows.ids, "attention_mask": rows.mask}
-        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
-        shapes = {name: sizes for name in example}
-        encoder = self.model.base_model
-        program = torch.export.export(encoder, (), kwargs=example, dynamic_shapes=shapes)
-        torch.onnx.export(program, f=file, dynamo=True, input_names=list(example), verbose=False)
-
-    def compare(self):
-        """AssertionError unless its embeddings are ours."""
-        rows = make_rows([30, 3, 17])
-        found, expected = self.function(rows)(), super().function(rows)()
-        # Rounding of float32, 2^10 eps of the largest value, as in the tests.
-        allowed = expected.abs().max().item() / 2**13
-        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
-
-    def function(self, rows):
-        arrays = {"input_ids": rows.ids.numpy(), "attention_mask": rows.mask.numpy()}
-
-        def infer():
-            return mean(torch.from_numpy(self.session.run(None, arrays)[0]), rows.mask)
-
-        return infer
-
-
-def make(name, *arguments):
-    return (Exported if name == "onnxruntime" else Encoder)(name, *arguments)
 
 
 def batches(task):
@@ -132,11 +78,10 @@ def main():
     )
     if TOY:
         # Not bf16, of which Triton's interpreter gets products wrong.
-        parser.set_defaults(settings=[*ON_GPU, "onnxruntime"], dtypes=["float32"], rounds=2)
+        parser.set_defaults(settings=ON_GPU, dtypes=["float32"], rounds=2)
     args = parser.parse_args()
-    packages = ["onnxruntime"] if "onnxruntime" in args.settings else []
-    record, deadline, rows = recorder(args.output, *packages), Deadline(args.minutes), []
-    for row in sweep(args, batches, args.seconds, deadline, make):
+    record, deadline, rows = recorder(args.output), Deadline(args.minutes), []
+    for row in sweep(args, batches, args.seconds, deadline):
         record(row)
         rows.append(row)
     print_table(rows, COLUMNS)
