@@ -150,14 +150,16 @@ def eager_attention(qkv: Tensor, slopes: Tensor, batch: PackedBatch, dropout_p: 
 
     Probabilities are (batch, heads, seqlen, seqlen), zero in the rows of padding.
     """
-    bias = dense_bias(slopes, batch, len(qkv)) if batch.bias is None else batch.bias
+    # Not len(), which tracers take for a constant.
+    total = qkv.shape[0]
+    bias = dense_bias(slopes, batch, total) if batch.bias is None else batch.bias
     # each (batch, heads, seqlen, head_dim)
     query, key, value = pad_input(qkv, batch).permute(2, 0, 3, 1, 4)
     # In half precision softmax would take large scores for others, and fp16 has none over 65,504.
     with without_autocast(qkv.device):
         query, key = at_least_float32(query) * qkv.shape[-1] ** -0.5, at_least_float32(key)
         probs = (query @ key.transpose(-1, -2) + bias).softmax(-1)
-    is_token = pad_input(qkv.new_ones(len(qkv)), batch)
+    is_token = pad_input(qkv.new_ones(total), batch)
     probs = F.dropout(probs * is_token[:, None, :, None], dropout_p).to(qkv.dtype)
     return unpad_input((probs @ value).transpose(1, 2), batch), probs
 
@@ -167,8 +169,8 @@ LONG, QUERIES = 1024, 256
 
 
 def alibi_reach(query: Tensor, key: Tensor, slopes: Tensor) -> list[int]:
-    """Of each head, the distance from which on all keys together hold at most 2^-24 of what the
-    query's own key holds, in any of these sequences.
+    """Of each head, the distance from which on all keys together hold at most half an eps, 2^-24 in
+    float32, of what the query's own key holds, in any of these sequences.
 
     A key at distance d holds exp(q (k_d - k_0) scale - slope d) of what the own key k_0 does, and
     q (k_d - k_0) is at most 2 |q| |k - c| for any c, here the mean of the keys. Summed over both
@@ -182,7 +184,8 @@ def alibi_reach(query: Tensor, key: Tensor, slopes: Tensor) -> list[int]:
     # (heads,): the largest of each sequence, then of all sequences
     norms = query.norm(dim=-1).amax(2) * key.norm(dim=-1).amax(2)
     bound = 2 * norms.amax(0) * query.shape[-1] ** -0.5
-    reach = (bound + 24 * math.log(2) - (-torch.expm1(-slopes) / 2).log()) / slopes
+    negligible = math.log(torch.finfo(query.dtype).eps / 2)
+    reach = (bound - negligible - (-torch.expm1(-slopes) / 2).log()) / slopes
     # Also where it is NaN or infinite: then nothing is left out.
     seqlen = torch.full_like(reach, query.shape[2])
     return torch.where(reach < seqlen, reach.ceil(), seqlen).int().tolist()
@@ -217,7 +220,7 @@ def attention_within_reach(query, key, value, bias, slopes: Tensor) -> Tensor:
 
 
 def is_constant(x: Tensor) -> bool:
-    """Whether x is known to be of inference: nobody derives by it or records what it becomes."""
+    """Whether no derivative is taken of x, and no tracer or compiler records what becomes of it."""
     if torch.compiler.is_compiling() or tracing():
         return False
     derived = x.requires_grad and torch.is_grad_enabled()
@@ -238,7 +241,7 @@ def sdpa_varlen(
     seqlen, seqlen): the bias of a sequence with gaps in its positions, and, with dropout, which
     that kernel lacks, the probabilities. `window` is `alibi_window` of the longest, made before.
 
-    On a CPU long sequences are read within ALiBi's reach only, where no gradient is wanted.
+    On a CPU a forward pass that records no gradient reads long sequences within ALiBi's reach only.
     """
     lengths = cu_seqlens.diff().tolist()
     # With gaps every sequence has distances of its own, and is a run of its own.
@@ -850,10 +853,10 @@ class BertEncoder(nn.Module):
         # Autocast leaves float64 alone.
         like = {"dtype": torch.promote_types(hidden_states.dtype, torch.float32), "device": device}
         slopes = torch.cat([torch.full((1,), x, **like) for x in alibi_slopes(heads)])
-        # What is added to scores is made once for all layers.
+        # What these add to scores is made once for all layers.
         if backend == "eager" or batch.rows is not None:
             batch = batch._replace(bias=dense_bias(slopes, batch, hidden_states.shape[0]))
-        elif backend == "sdpa" and not torch.compiler.is_compiling():
+        elif backend == "sdpa" and batch.positions is None and not torch.compiler.is_compiling():
             batch = batch._replace(bias=alibi_window(slopes, batch.max_seqlen))
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None

@@ -47,7 +47,8 @@ class PackedBatch(NamedTuple):
             are alike: which of its row's sequences a token belongs to, from 1, and 0 at padding;
             and its position. `total` is then batch * seqlen.
         bias: what attention adds to scores, made by the encoder for all layers, or None: each layer
-            makes its own.
+            makes its own. (batch or 1, heads, seqlen, seqlen) for "eager" and tracers; for "sdpa"
+            (heads, 2 * max_seqlen - 1), by distance.
     """
 
     batch_size: int

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.hf_argparser import string_to_bool
 
-from mosaic_tools.aot import check_compiler, save_aot
+from mosaic_tools.aot import FILE, LOADER, check_compiler, save_aot
 from mosaic_tools.cards import OF_ONNX, SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
     DECODER,
@@ -95,7 +95,7 @@ HEADS = {
 }
 # A model's weights, and its code, which an ONNX folder and Jina's layout do without.
 OF_MODELS = ("*.safetensors*", "pytorch_model*", "configuration_bert.py", "bert_layers.py")
-OF_MODELS += ("bert_padding.py", "flash_attn_triton.py", "model.pt2", "aot.py")
+OF_MODELS += ("bert_padding.py", "flash_attn_triton.py", FILE, LOADER)
 # What a source's config says of its own code, and what means nothing here.
 FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}

@@ -2,17 +2,18 @@
 """A model compiled ahead of time for full rows on a CPU: one file, which a server runs with torch
 alone and without compiling anything.
 
-    from aot import load
+    from mosaic_aot import load
 
     model = load("model.pt2")
     output = model(torch.tensor([[101, 2023, 2003, 102]]))
 
+The file is machine code, which `load` runs: take it from nobody whom you would not trust with that.
 Input is input_ids, (batch, seqlen) int64 of any size without padding; rows of other lengths are
 calls of their own. The output is last_hidden_state, (batch, seqlen, dim), or logits. The file holds
 machine code and weights in the layout that the CPU's matrix product wants, so it runs under the
 torch that made it, on CPUs that have the instructions of the one that it was made on.
 
-This file needs nothing but torch: a copy of it lies beside each model.pt2.
+This file needs nothing but torch: a copy of it, mosaic_aot.py, lies beside each model.pt2.
 """
 
 import platform
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-FILE = "model.pt2"
+FILE, LOADER = "model.pt2", "mosaic_aot.py"
 # Keys of the package's metadata. torch's own do not have them.
 TORCH, MACHINE, INSTRUCTIONS, OUTPUT = (
     f"mosaic_{x}" for x in ("torch", "machine", "instructions", "output")
@@ -47,7 +48,7 @@ class OfIds(nn.Module):
 
 
 def save_aot(model: nn.Module, output: str, folder: Path, longest: int | None = None):
-    """Writes FILE and a copy of this one into the folder. It takes minutes, and a C++ compiler.
+    """Writes FILE, and a copy of this one as LOADER. It takes minutes, and a C++ compiler.
 
     Args:
         model: on the CPU, in the dtype to run in.
@@ -77,7 +78,7 @@ def save_aot(model: nn.Module, output: str, folder: Path, longest: int | None = 
             package_path=str(folder / FILE),
             inductor_configs=OPTIONS | {"aot_inductor.metadata": bound_to},
         )
-    shutil.copy(__file__, folder / "aot.py")
+    shutil.copy(__file__, folder / LOADER)
 
 
 def check_compiler():
@@ -96,6 +97,9 @@ def instructions() -> set[str]:
 def load(file: str | Path):
     """The model in the file, a function of input_ids. It runs on as many threads as torch does.
 
+    The function raises ValueError unless it is given (batch, seqlen) int64 on a CPU: the machine
+    code does not look, and would read other numbers.
+
     Raises:
         ValueError: there is no such file or it is none of `save_aot`'s, it was made by another
             torch, or on a CPU that has instructions which this one lacks.
@@ -110,10 +114,20 @@ def load(file: str | Path):
     if bound_to[MACHINE] != platform.machine() or lacking:
         raise ValueError(
             f"{file} was compiled for {bound_to[MACHINE]} with {bound_to[INSTRUCTIONS]}; this CPU "
-            f"is {platform.machine()} and lacks {' '.join(sorted(lacking))}: compile the model on "
-            "a CPU like it"
+            f"is {platform.machine()} and lacks {' '.join(sorted(lacking)) or 'nothing else'}: "
+            "compile the model on a CPU like it"
         )
-    return torch._inductor.aoti_load_package(str(file))
+    compiled = torch._inductor.aoti_load_package(str(file))
+
+    def model(input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.is_cpu:
+            raise ValueError(
+                f"input_ids must be (batch, seqlen) int64 on the CPU, got {input_ids.dtype} of "
+                f"shape {tuple(input_ids.shape)} on {input_ids.device}"
+            )
+        return compiled(input_ids.contiguous())
+
+    return model
 
 
 def read_metadata(file: str | Path) -> dict[str, str]:

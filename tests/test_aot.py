@@ -37,7 +37,7 @@ def model(folder):
 @pytest.fixture
 def elsewhere(folder):
     """The copy of the loader that lies beside the package, where a test may change the machine."""
-    spec = importlib.util.spec_from_file_location("aot_beside", folder / "aot.py")
+    spec = importlib.util.spec_from_file_location("aot_beside", folder / aot.LOADER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,13 +52,30 @@ def test_it_is_the_model_at_any_batch_and_length(folder, model):
             close(compiled(ids), model(ids).last_hidden_state, factor=64)
 
 
+def test_it_reads_a_part_of_a_tensor_as_that_part(folder, model):
+    """The machine code takes rows to lie one behind the other: it read the columns left out."""
+    ids = torch.randint(0, model.config.vocab_size, (3, 20))
+    compiled = aot.load(folder / aot.FILE)
+    assert torch.equal(compiled(ids[:, :11]), compiled(ids[:, :11].clone()))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.ones(2, 3, dtype=torch.int32), torch.ones(3, dtype=torch.int64), torch.ones(2, 3)],
+    ids=["int32", "one axis", "float"],
+)
+def test_what_the_machine_code_would_misread_is_refused(folder, ids):
+    with pytest.raises(ValueError, match=r"must be \(batch, seqlen\) int64 on the CPU, got"):
+        aot.load(folder / aot.FILE)(ids)
+
+
 def test_a_server_needs_torch_alone(folder):
     run_python(
         f"""
 import sys
 sys.path.insert(0, {str(folder)!r})
 import torch
-from aot import load
+from mosaic_aot import load
 found = load({str(folder / aot.FILE)!r})(torch.tensor([[1, 2, 3]]))
 assert found.shape[:2] == (1, 3)
 assert "transformers" not in sys.modules

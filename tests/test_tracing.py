@@ -42,7 +42,7 @@ def traced(model):
     return torch.jit.trace(model, inputs, strict=False)
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa"])
+@pytest.mark.parametrize("backend", [None, "sdpa", "eager"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_trace_reads_masks_and_shapes_that_it_was_not_recorded_with(cls, backend):
     """It kept the recorded lengths: logits off by 19 of 23, without a word."""

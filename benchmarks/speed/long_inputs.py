@@ -2,14 +2,15 @@
 """How long does a long text take on a CPU, and what memory, beside BERT and ModernBERT?
 
 Method: encoders.py builds each base model with random weights and checks it. One full row of each
-length is embedded; settings are timed in turn, the least of --rounds counts, and from 8,192 tokens
-on of two. Then each row is embedded once more with freed memory given back, and what the resident
-set grew by at most is taken. "mosaic" leaves out what lies beyond ALiBi's reach, "mosaic-all-keys"
-nothing. How far heads reach depends on the weights: random ones are made larger until no score can
-exceed --scores, 10 by default, as in the small models that were trained here. BERT reads 512 tokens
-at most; its learned positions are used over and over, so that it can be timed.
+length is embedded; settings are timed in turn, and the least of --rounds counts, from 4,096 tokens
+on of two, without a call before them. Then each row is embedded once more with freed memory given
+back, and what the resident set grew by at most is taken. "mosaic" leaves out what lies beyond
+ALiBi's reach, "mosaic-all-keys" nothing. How far heads reach depends on the weights: random ones
+are made larger until no score can exceed --scores, 10 by default, as in the small models that were
+trained here. BERT reads 512 tokens at most; its learned positions are used over and over, so that
+it can be timed.
 
-    python benchmarks/speed/long_inputs.py                        # some 12 minutes on two cores
+    python benchmarks/speed/long_inputs.py                        # some 8 minutes on two cores
     python benchmarks/speed/long_inputs.py --scores 20 --settings mosaic mosaic-all-keys
     python benchmarks/speed/long_inputs.py --settings mosaic --lengths 32768 --rounds 1
     python benchmarks/speed/long_inputs.py --toy                  # proves the script
@@ -93,10 +94,10 @@ def measure(encoders, lengths, rounds, facts):
     for seqlen in lengths:
         rows = make_rows([seqlen])
         functions = {name: encoder.function(rows) for name, encoder in encoders.items()}
-        if rounds > 1:
+        few = rounds if seqlen < 4096 else min(rounds, 2)
+        if few > 2:
             for function in functions.values():
                 first_call(function)
-        few = rounds if seqlen < 8192 else min(rounds, 2)
         times = {name: min(x) for name, x in samples(functions, few).items()}
         for name, ms in times.items():
             row = facts | {"setting": name, "seqlen": seqlen, "rounds": few, "ms": ms}
@@ -145,7 +146,7 @@ def main():
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths)
     parser.add_argument("--scores", type=float, default=10)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=2 if TOY else 5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", default=record_file("long_inputs"))
     parser.add_argument("--toy", action="store_true")
