@@ -33,11 +33,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.hf_argparser import string_to_bool
 
-from mosaic_tools.aot import FILE, LOADER, check_compiler, save_aot
+from mosaic_tools.aot import check_compiler, save_aot
 from mosaic_tools.cards import OF_ONNX, SUMMARY, about_weights, stated, write_card
 from mosaic_tools.family import (
     DECODER,
     EMBEDDINGS,
+    HERE,
     PARTS,
     as_ours,
     check_finite,
@@ -95,7 +96,7 @@ HEADS = {
 }
 # A model's weights, and its code, which an ONNX folder and Jina's layout do without.
 OF_MODELS = ("*.safetensors*", "pytorch_model*", "configuration_bert.py", "bert_layers.py")
-OF_MODELS += ("bert_padding.py", "flash_attn_triton.py", FILE, LOADER)
+OF_MODELS += ("bert_padding.py", "flash_attn_triton.py")
 # What a source's config says of its own code, and what means nothing here.
 FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
@@ -115,6 +116,8 @@ def main(argv=None):
     holding = (source, source.parent if source.is_file() else source) if source.exists() else ()
     if args.output_dir.resolve() in holding:
         raise ValueError(f"{args.output_dir} holds the source, which would be lost: choose another")
+    if args.output_dir.resolve() == Path(HERE):
+        raise ValueError(f"{args.output_dir} holds this code, which would be lost: choose another")
     name = args.push_to_hub or args.output_dir.name
     given = about_weights(args.license, args.language)
     if args.layout == "onnx":
@@ -201,6 +204,8 @@ def parse_args(argv=None):
         parser.error("--task needs --onnx or --aot")
     if args.aot and (args.onnx or args.layout == "jina"):
         parser.error("--aot compiles what the mosaic layout holds: give it without --onnx and jina")
+    if args.aot and args.push_to_hub:
+        parser.error("--aot is for this machine, and nothing of it is uploaded: push without it")
     if args.onnx and args.layout:
         parser.error(f"--onnx is a layout of its own: leave out --layout {args.layout}")
     if args.onnx and args.dtype not in (None, "float32"):
@@ -264,16 +269,11 @@ def convert(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
 
-    if aot:
-        if task not in (None, "feature-extraction") and TASKS[task][0] != auto_class:
-            raise ValueError(
-                f"{source} has no head for --task {task}: leave it out, or give feature-extraction"
-            )
-        if auto_class == "AutoModel" or task == "feature-extraction":
-            save_aot(model.base_model, "last_hidden_state", folder)
-        else:
-            save_aot(model, "logits", folder)
-
+    of_encoder = auto_class == "AutoModel" or task == "feature-extraction"
+    if aot and not of_encoder and task and TASKS[task][0] != auto_class:
+        raise ValueError(
+            f"{source} has no head for --task {task}: leave it out, or give feature-extraction"
+        )
     is_local = Path(source).exists()
     facts = {
         "converted from": f"{Path(source).name if is_local else source} ({found})",
@@ -296,12 +296,16 @@ def convert(
         if layout == "jina":
             save_jina(model, auto_class, folder, tokenizer)
         elif layout == "onnx":
-            save_onnx(model, task, folder, path, int8)
+            save_onnx(model, task, folder, source, int8)
         else:
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             make_tokenizer_portable(folder, config.alibi_starting_size)
+        if aot and of_encoder:
+            save_aot(model.base_model, "last_hidden_state", folder)
+        elif aot:
+            save_aot(model, "logits", folder)
         summary = OF_ONNX if layout == "onnx" else SUMMARY
         write_card(folder, name, summary, facts, **about)
     use = f"exported for {task}" if layout == "onnx" else f"loads with {auto_class}"

@@ -7,7 +7,8 @@
 
 OUT has no PyTorch weights and needs no trust_remote_code. The environment:
 
-    pip install torch sentence-transformers optimum-onnx -c constraints/clients/optimum.txt
+    pip install torch sentence-transformers optimum-onnx onnxruntime \\
+        -c constraints/clients/optimum.txt
 """
 
 import argparse

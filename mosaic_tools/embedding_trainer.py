@@ -19,14 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import cached_file
 
 from mosaic_tools import family
 from mosaic_tools.callbacks import LogFile, StopOnSigterm
 from mosaic_tools.checkpoints import Checkpoints
-from mosaic_tools.files import read_json
 from mosaic_tools.pairs import SCORED, PairArguments, is_scored
-from mosaic_tools.publishing import write_pooling
+from mosaic_tools.publishing import check_modules, settings_of, write_pooling
 from mosaic_tools.recipe import RecipeArguments, check_range, option
 from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, max_length_of
 from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
@@ -183,32 +181,6 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
     # Not the copy, which may have a new pooler.
     embedder[0].model = encoder
     return embedder
-
-
-def settings_of(source: str, name: str, kind: type = dict):
-    """What a JSON file of a folder or Hub id holds, empty if there is none."""
-    if Path(source).is_dir():
-        return read_json(Path(source, name), kind)
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return read_json(Path(file), kind) if file else kind()
-
-
-def check_modules(source: str):
-    """ValueError: the source is a SentenceTransformer that is more than an encoder under the mean,
-    and would lose the rest."""
-    for module in settings_of(source, "modules.json", list):
-        if not (isinstance(module, dict) and {"path", "type"} <= set(module)):
-            raise ValueError(f"{source}/modules.json lists {module!r}, no module by path and type")
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = settings_of(source, f"{module['path']}/config.json")
-            is_mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode") == "mean")
-        if kind not in ("Transformer", "Pooling", "Normalize") or kind == "Pooling" and not is_mean:
-            raise ValueError(
-                f"{source} has a module {kind} that is not the mean over all tokens, and would "
-                "lose it: train it by sentence-transformers itself, or give the encoder that it "
-                "was made of"
-            )
 
 
 def load_encoder(args: EmbedderArguments, values: dict, tokenizer, max_seq_length: int):

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from mosaic_tools.files import inside, read_json
-from mosaic_tools.publishing import named_modules, write_pooling
+from mosaic_tools.publishing import check_modules, settings_of, write_pooling
 
 # Tasks by optimum's names, the class that a task's model is loaded as, and its output.
 TASKS = {
@@ -93,18 +92,18 @@ def for_task(
     return task, TASKS[task][0], tensors
 
 
-def save_onnx(model: nn.Module, task: str, folder: Path, source: Path, int8: bool = False):
+def save_onnx(model: nn.Module, task: str, folder: Path, source: str, int8: bool = False):
     """Writes the files of the module's docstring, all but the tokenizer's.
 
     Args:
         model: of the class that TASKS has for the task, in float32.
-        source: the folder or file it comes from, which may hold sentence-transformers' prompts.
+        source: Hub id, folder or file that it comes from, which may have sentence-transformers'
+            modules, length of texts and prompts.
 
     Raises:
-        ValueError: the weights take more than an ONNX file holds, or `check_pooling`'s.
+        ValueError: the weights take more than an ONNX file holds, or `check_modules`'s.
     """
-    if task == "feature-extraction":
-        check_pooling(source)
+    modules = check_modules(source) if task == "feature-extraction" else []
     model.eval()
     size = sum(x.nbytes for x in model.parameters())
     if size > MOST_BYTES:
@@ -126,23 +125,12 @@ def save_onnx(model: nn.Module, task: str, folder: Path, source: Path, int8: boo
     )
     stock.save_pretrained(folder)
     if task == "feature-extraction":
-        write_pooling(folder, config.hidden_size, config.alibi_starting_size)
-        found = read_json(inside(source, PROMPTS)) if source.is_dir() else {}
+        length = settings_of(source, "sentence_bert_config.json").get("max_seq_length")
+        length = length or config.alibi_starting_size
+        write_pooling(folder, config.hidden_size, length, normalize="Normalize" in modules)
+        found = settings_of(source, PROMPTS)
         if settings := {name: found[name] for name in OF_PROMPTS if name in found}:
             (folder / PROMPTS).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def check_pooling(source: Path):
-    """ValueError: the source's embeddings are not the mean over all tokens, which clients take."""
-    for path, kind in named_modules(source).items():
-        kind = kind.rsplit(".", 1)[-1]
-        pooling = read_json(inside(source, f"{path}/config.json")) if kind == "Pooling" else {}
-        is_mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean"))
-        if kind not in ("Transformer", "Pooling", "Normalize") or is_mean not in (True, "mean"):
-            raise ValueError(
-                f"{source} has a module {kind} that is not the mean over all tokens, and would "
-                "lose it: export by sentence-transformers itself, or give the encoder alone"
-            )
 
 
 def export(model: nn.Module, output: str, file: Path):

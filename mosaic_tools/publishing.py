@@ -12,7 +12,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import cached_file
 
+from mosaic_tools import aot
 from mosaic_tools.files import inside, listed_shards, read_json
 
 POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
@@ -43,17 +45,64 @@ UPLOADED = (
 OF_MODULES = ("*_config.json", "idf.json", "*.safetensors")
 
 
-def write_pooling(folder: str | Path, dim: int, max_length: int):
+# ---- sentence-transformers' modules ----
+
+
+def settings_of(source: str, name: str, kind: type = dict):
+    """What a JSON file of a folder or Hub id holds, empty if there is none."""
+    if Path(source).exists():
+        return read_json(inside(Path(source), name), kind) if Path(source).is_dir() else kind()
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return read_json(Path(file), kind) if file else kind()
+
+
+def check_modules(source: str) -> list[str]:
+    """The kinds of a SentenceTransformer's modules, none if the source lists none.
+
+    Args:
+        source: a folder or Hub id.
+
+    Raises:
+        ValueError: it is more than an encoder under the mean, and would lose the rest.
+    """
+    kinds = []
+    for module in settings_of(source, "modules.json", list):
+        if not (isinstance(module, dict) and {"path", "type"} <= set(module)):
+            raise ValueError(f"{source}/modules.json lists {module!r}, no module by path and type")
+        kinds.append(str(module["type"]).rsplit(".", 1)[-1])
+        if kinds[-1] == "Pooling":
+            known = takes_the_mean(settings_of(source, f"{module['path']}/config.json"))
+        else:
+            known = kinds[-1] in ("Transformer", "Normalize")
+        if not known:
+            raise ValueError(
+                f"{source} has a module {kinds[-1]} that is not the mean over all tokens, and "
+                "would lose it: take sentence-transformers itself, or give the encoder alone"
+            )
+    return kinds
+
+
+def takes_the_mean(pooling: dict) -> bool:
+    """Whether a Pooling module's settings say the mean over all tokens, and nothing beside it."""
+    modes = {name for name, x in pooling.items() if name.startswith("pooling_mode_") and x is True}
+    # As older and newer versions write them.
+    old, new = modes == {"pooling_mode_mean_tokens"}, pooling.get("pooling_mode") == "mean"
+    return (old or new and not modes) and pooling.get("include_prompt", True) is True
+
+
+def write_pooling(folder: str | Path, dim: int, max_length: int, normalize: bool = False):
     """Writes what tells sentence-transformers and servers to take the mean over all tokens.
 
     Args:
         dim: the model's hidden size.
         max_length: where text is cut, in tokens.
+        normalize: embeddings have length 1 then.
     """
-    transformer, pooling = "Transformer", "Pooling"
+    places = {"": "Transformer", "1_Pooling": "Pooling"}
+    places |= {"2_Normalize": "Normalize"} if normalize else {}
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate([("", transformer), ("1_Pooling", pooling)])
+        for i, (path, kind) in enumerate(places.items())
     ]
     contents = (
         modules,
@@ -74,8 +123,9 @@ def write_pooling(folder: str | Path, dim: int, max_length: int):
 
 def remove_derived(folder: str | Path):
     """Deletes what was made of weights that are about to be replaced, and would be loaded instead
-    of the new ones, or with them: exports, adapters, the list of sentence-transformers' modules."""
+    of the new ones, or with them: exports, what is compiled, adapters, the list of modules."""
     derived = (*EXPORTS, "openvino/openvino_*", *ADAPTERS, *POOLING_FILES, "router_config.json")
+    derived += (aot.FILE, aot.LOADER)
     for pattern in (*derived, "config_sentence_transformers.json"):
         for file in Path(folder).glob(pattern):
             file.unlink()

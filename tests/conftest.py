@@ -171,8 +171,17 @@ def mosaic(tmp_path_factory):
     return published_folder(tmp_path_factory.mktemp("published") / "mosaic_tiny")
 
 
+# What involves no transformers: with older ones `make test` leaves it out by -m "not once".
+ONCE = ("aot", "benchmark_figures", "documented_commands", "examples", "flash_attn_triton")
+ONCE += ("quantized", "readme")
+
+
+# First, since pytest chooses by marks in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.path.stem.removeprefix("test_") in ONCE:
+            item.add_marker("once")
         for mark in ("slow", "soak"):
             if mark in item.keywords and mark not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"takes long: choose it with -m {mark}"))

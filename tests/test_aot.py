@@ -2,11 +2,12 @@
 """A model compiled ahead of time is the model, and says why it does not load elsewhere."""
 
 import importlib.util
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import GOLDENS, run_python
+from conftest import GOLDENS, ROOT, run_python
 from models import close
 from transformers import AutoModel
 
@@ -69,17 +70,16 @@ def test_what_the_machine_code_would_misread_is_refused(folder, ids):
         aot.load(folder / aot.FILE)(ids)
 
 
-def test_a_server_needs_torch_alone(folder):
-    run_python(
-        f"""
+def test_a_server_needs_torch_alone_and_the_page_says_how(folder):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*mosaic_aot.*?)```", page, re.S)
+    check = """
 import sys
-sys.path.insert(0, {str(folder)!r})
-import torch
-from mosaic_aot import load
-found = load({str(folder / aot.FILE)!r})(torch.tensor([[1, 2, 3]]))
-assert found.shape[:2] == (1, 3)
+assert hidden.shape[:2] == (1, 4) and embedding.shape == hidden[:, 0].shape
 assert "transformers" not in sys.modules
 """
+    run_python(
+        f"import os, sys; os.chdir({str(folder)!r}); sys.path.insert(0, '')\n{example}{check}"
     )
 
 
@@ -131,6 +131,7 @@ def test_a_missing_compiler_is_named_before_anything_is_written(tmp_path, monkey
         ("--aot --onnx", "--aot compiles what the mosaic layout holds"),
         ("--aot --layout jina", "--aot compiles what the mosaic layout holds"),
         ("--task fill-mask", "--task needs --onnx or --aot"),
+        ("--aot --push_to_hub org/name", "nothing of it is uploaded: push without it"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, said, tmp_path, capsys):

@@ -815,3 +815,19 @@ def test_the_command_line_prints_errors_without_a_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().endswith("no.pt does not exist")
+
+
+def test_the_folder_of_this_code_is_not_written_to():
+    """With --overwrite its model files would be removed."""
+    with pytest.raises(ValueError, match="holds this code, which would be lost"):
+        run(GOLDENS / "mosaic_tiny", ROOT, "--overwrite")
+    assert (ROOT / "bert_layers.py").is_file()
+
+
+def test_what_was_compiled_of_former_weights_is_removed(tmp_path):
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out)
+    for name in ("model.pt2", "mosaic_aot.py"):
+        (out / name).write_text("of before")
+    run(GOLDENS / "mosaic_tiny", out, "--overwrite")
+    assert not list(out.glob("model.pt2")) and not list(out.glob("mosaic_aot.py"))

@@ -19,7 +19,7 @@ from training import write_vocab
 
 import convert_weights
 from mosaic_tools import onnx_export
-from mosaic_tools.publishing import write_pooling
+from mosaic_tools.publishing import POOLING_FILES, takes_the_mean, write_pooling
 
 pytestmark = needs_export
 pytest_plugins = ["hub"]
@@ -329,6 +329,33 @@ def test_embeddings_that_are_no_mean_are_refused(mlm, tmp_path, kind):
     with pytest.raises(ValueError, match=f"a module {kind} that is not the mean"):
         export(source, tmp_path / "out", "--task", "feature-extraction")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pooling, mean",
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, True),
+        ({"pooling_mode": "mean"}, True),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, False),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": False}, False),
+        ({"pooling_mode": "cls"}, False),
+        # As where the file is not there.
+        ({}, False),
+    ],
+)
+def test_only_the_mean_over_all_tokens_passes_for_it(pooling, mean):
+    assert takes_the_mean(pooling) is mean
+
+
+def test_length_of_texts_and_of_embeddings_are_the_sources(mlm, tmp_path):
+    """Texts were cut at what the model is prepared for, and vectors no longer had length 1."""
+    source = shutil.copytree(mlm[1], tmp_path / "source")
+    write_pooling(source, 120, 9, normalize=True)
+    export(source, tmp_path / "out", "--task", "feature-extraction")
+    for name in POOLING_FILES:
+        assert (tmp_path / "out" / name).read_text() == (source / name).read_text()
+    kinds = [x["type"].rsplit(".")[-1] for x in json.loads((source / "modules.json").read_text())]
+    assert kinds == ["Transformer", "Pooling", "Normalize"]
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])

@@ -4,13 +4,19 @@ quantized.py."""
 
 import copy
 import io
+import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
+from conftest import GOLDENS, ROOT, run_python
 from models import HEADS, make, make_batch, make_labels
 from torch import nn
+from training import write_vocab
 
+import convert_weights
 from benchmarks.learning import quantized
 from mosaic_bert.bert_layers import BertForMaskedLM, BertModel
 
@@ -143,6 +149,24 @@ def test_quantizing_half_precision_ends_in_an_error(dtype):
         first_output(int8(half), batch)
     found = first_output(int8(half.float()), batch)
     assert 0 < relative_error(found, first_output(model, batch)) < BOUND
+
+
+def test_the_documented_call_runs_as_it_stands(tmp_path):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*quantize_dynamic.*?)```", page, re.S)
+    source = shutil.copytree(GOLDENS / "mosaic_tiny", tmp_path / "source")
+    sizes = json.loads((source / "config.json").read_text())
+    write_vocab(source / "vocab.txt", entries=sizes["vocab_size"])
+    convert_weights.main([str(source), str(tmp_path / "model")])
+    kinds = """
+print(*(name for name, x in embedder.named_modules() if type(x) is torch.nn.Linear))
+print(str(embedder).count("DynamicQuantizedLinear"))
+"""
+    printed = run_python(example.replace("runs/demo", str(tmp_path / "model")) + kinds)
+    shape, left, count = printed.splitlines()
+    layers = sizes["num_hidden_layers"]
+    assert shape == f"({sizes['hidden_size']},)" and int(count) == 3 * layers
+    assert len(left.split()) == layers and all(x.endswith("mlp.wo") for x in left.split())
 
 
 # ---- the benchmark's figures ----

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does a long text take on a CPU, and what memory, beside BERT and ModernBERT?
+"""How long does a long text take on a CPU, beside BERT and ModernBERT? (memory.py has its memory.)
 
 Method: encoders.py builds each base model with random weights and checks it. One full row of each
 length is embedded; settings are timed in turn, and the least of --rounds counts, from 4,096 tokens
-on of two, without a call before them. Then each row is embedded once more with freed memory given
-back, and what the resident set grew by at most is taken. "mosaic" leaves out what lies beyond
-ALiBi's reach, "mosaic-all-keys" nothing. How far heads reach depends on the weights: random ones
-are made larger until no score can exceed --scores, 10 by default, as in the small models that were
-trained here. BERT reads 512 tokens at most; its learned positions are used over and over, so that
-it can be timed.
+on of two, without a call before them. "mosaic" leaves out what lies beyond ALiBi's reach,
+"mosaic-all-keys" nothing. How far heads reach depends on the weights: random ones are made larger
+until no score can exceed --scores, 10 by default, as in the small models that were trained here.
+BERT reads 512 tokens at most; its learned positions are used over and over, so that it can be
+timed.
 
     python benchmarks/speed/long_inputs.py                        # some 8 minutes on two cores
     python benchmarks/speed/long_inputs.py --scores 20 --settings mosaic mosaic-all-keys
@@ -20,7 +19,6 @@ records of all runs the figure long_inputs.png.
 """
 
 import argparse
-import ctypes
 import math
 import sys
 from pathlib import Path
@@ -34,17 +32,17 @@ if __name__ == "__main__":
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.plot import NAMES, finish, newest
+from benchmarks.plot import finish, newest
 from benchmarks.records import RESULTS, print_table, recorder
-from benchmarks.speed.clocks import TOY, first_call, peak_bytes, record_file, samples
+from benchmarks.speed.clocks import TOY, first_call, record_file, samples
 from benchmarks.speed.encoders import SETTINGS, Encoder, Setting, make_rows
-from benchmarks.speed.memory import M_MMAP_THRESHOLD, THRESHOLD
 
 ALL_KEYS = "mosaic-all-keys"
 SETTINGS["mosaic"] = SETTINGS[ALL_KEYS] = Setting("mosaic", "sdpa", packed=True)
-COLUMNS = {"seqlen": ",", "setting": "", "ms": ",.0f", "ratio": ".2f", "peak_bytes": ","}
-LABELS = NAMES | {
-    "mosaic": "MosaicBERT, keys within reach", ALL_KEYS: "MosaicBERT, all keys"
+COLUMNS = {"seqlen": ",", "setting": "", "ms": ",.0f", "ratio": ".2f"}
+LABELS = {
+    "mosaic": "MosaicBERT, keys within reach", ALL_KEYS: "MosaicBERT, all keys",
+    "bert": "BERT, beyond its 512 positions", "modernbert": "ModernBERT",
 }  # fmt: skip
 
 
@@ -104,35 +102,24 @@ def measure(encoders, lengths, rounds, facts):
             yield row | ({"ratio": ms / times["mosaic"]} if "mosaic" in times else {})
 
 
-def with_memory(rows, encoders):
-    """The rows, with the bytes that each one's text takes. Last, since it slows what follows."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-    for row in rows:
-        function = encoders[row["setting"]].function(make_rows([row["seqlen"]]))
-        yield row | {"peak_bytes": peak_bytes(function)}
-
-
 def draw(folder):
-    """long_inputs.png: time and memory against the length, of the newest record of each case."""
+    """long_inputs.png: seconds against the length, of the newest record of each case."""
     records = newest(folder, "long_inputs", "ms", "scores", "setting", "seqlen")
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for value, unit, axes in zip(("ms", "peak_bytes"), (1e-3, 1e-9), panels, strict=True):
-        for setting, label in LABELS.items():
-            found = sorted(
-                (seqlen, unit * record[value])
-                for (scores, name, seqlen, _), record in records.items()
-                if name == setting and scores == 10 and record.get(value)
-            )
-            if found:
-                color = f"C{[*LABELS].index(setting)}"
-                axes.loglog(*zip(*found, strict=True), marker=".", label=label, color=color)
-        axes.set_xlabel("tokens in the row")
-        ticks = sorted({seqlen for _, _, seqlen, _ in records})
-        axes.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize="small")
-        axes.minorticks_off()
-    panels[0].set_ylabel("seconds")
-    panels[1].set_ylabel("memory beyond the weights, GB")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (setting, label) in enumerate(LABELS.items()):
+        found = sorted(
+            (seqlen, record["ms"] / 1e3)
+            for (scores, name, seqlen, _), record in records.items()
+            if name == setting and scores == 10
+        )
+        if found:
+            axes.loglog(*zip(*found, strict=True), marker=".", label=label, color=f"C{i}")
+    ticks = sorted({seqlen for _, _, seqlen, _ in records})
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize="small")
+    axes.minorticks_off()
+    axes.set_xlabel("tokens in the row")
+    axes.set_ylabel("seconds")
     finish(figure, Path(folder) / "long_inputs.png")
 
 
@@ -155,8 +142,9 @@ def main():
     record, dtype = recorder(args.output), getattr(torch, args.dtype)
     facts = {"dtype": args.dtype, "scores": args.scores, "threads": args.threads}
     encoders = {name: LongEncoder(name, dtype, args.scores) for name in args.settings}
-    found = list(with_memory([*measure(encoders, args.lengths, args.rounds, facts)], encoders))
-    for row in found:
+    found = []
+    for row in measure(encoders, args.lengths, args.rounds, facts):
+        found.append(row)
         record(row)
     print_table(found, COLUMNS)
     if not TOY:

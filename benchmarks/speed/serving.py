@@ -18,7 +18,8 @@ turn, and the least time counts.
     python benchmarks/speed/serving.py --settings mosaic-aot bert-aot --rows 1x128 --dtypes float32
     python benchmarks/speed/serving.py --toy  # proves the script
 
-What is compiled or exported stays in --files for the next run. Packages that only some ways need:
+What is compiled or exported stays in --files for the next run; empty it when the model's code has
+changed. Packages that only some ways need:
 pip install onnx onnxscript onnxruntime openvino torchao.
 
 Output: one JSON line per setting and rows, appended to --output too, then a table. "over_ours" is a
