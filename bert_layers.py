@@ -366,9 +366,9 @@ def traced_attention(qkv: Tensor, bias: Tensor, batch: PackedBatch, dropout_p: f
     """torch's scaled_dot_product_attention of rows whose padding stays; bias is `dense_bias`."""
     # each (batch, heads, seqlen, head_dim)
     query, key, value = qkv.unflatten(0, (batch.batch_size, batch.seqlen)).permute(2, 0, 3, 1, 4)
-    if not qkv.is_cpu:
-        bias = bias.to(qkv.dtype)
     with without_autocast(qkv.device):
+        # ONNX adds numbers of one dtype only, as GPUs' kernels do.
+        bias = bias.to(qkv.dtype)
         context = F.scaled_dot_product_attention(query, key, value, bias, dropout_p)
     return context.transpose(1, 2).flatten(0, 1)
 

@@ -437,6 +437,23 @@ def test_other_heads_export_with_dynamic_batch_and_length(auto_class, tmp_path):
             close(z, x, FACTOR)
 
 
+def test_a_model_in_half_precision_exports_to_a_valid_graph(tmp_path):
+    """ALiBi's bias was added in float32 there, and ONNX adds numbers of one dtype only."""
+    model, inputs = small_model("AutoModel"), masked_batch(3, 12)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    file = tmp_path / "model.onnx"
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seqlen")}
+    shapes = dict.fromkeys(inputs, sizes)
+    torch.onnx.export(
+        model.half(), kwargs=inputs, dynamic_shapes=shapes, f=file, dynamo=True, verbose=False
+    )
+    found = run(session(file), inputs)[0]
+    assert found.dtype == torch.float16 and found.shape == expected.shape
+    # fp16's eps is 2^-10, and there are some 20 roundings on the way.
+    assert (found.float() - expected).norm() <= 2**-10 * 20 * expected.norm()
+
+
 def test_the_documented_export_runs_as_it_stands_and_is_what_others_read(tmp_path):
     """transformers.js and fastembed could not: the output was called where_4, in two files."""
     page = (ROOT / "docs" / "serving.md").read_text()

@@ -30,12 +30,10 @@ A way that cannot run says why. Times are for benchmarks/speed/.
 """
 
 import argparse
-import copy
 import io
 import json
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,6 +57,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
+from benchmarks.int8 import torch_int8, torchao_int8
 from benchmarks.records import print_table, recorder
 from benchmarks.speed.clocks import FAILURES, TOY, record_file, why
 from mosaic_tools import onnx_export
@@ -93,33 +92,6 @@ def run_torch(model, output: str):
     return lambda inputs: getattr(model(**inputs), output).float(), file.tell()
 
 
-def torch_int8(model, output: str, per_channel: bool = False, skip: str = "none"):
-    """
-    Args:
-        per_channel: a scale for each row of a weight, in place of one for all of it.
-        skip: linear layers whose name ends like this stay in float32.
-    """
-    from torch.ao import quantization
-
-    config = quantization.default_dynamic_qconfig
-    if per_channel:
-        config = quantization.per_channel_dynamic_qconfig
-    linear = (name for name, x in model.named_modules() if isinstance(x, nn.Linear))
-    layers = {name: config for name in linear if not name.endswith(skip)}
-    with warnings.catch_warnings():
-        # It is deprecated.
-        warnings.simplefilter("ignore")
-        return run_torch(quantization.quantize_dynamic(model, layers), output)
-
-
-def torchao_int8(model, output: str, config: str):
-    from torchao import quantization
-
-    model = copy.deepcopy(model)
-    quantization.quantize_(model, getattr(quantization, config)())
-    return run_torch(model, output)
-
-
 def run_onnx(model, output: str, int8: bool):
     import onnxruntime
 
@@ -141,12 +113,12 @@ def run_onnx(model, output: str, int8: bool):
 
 WAYS = {
     "float32": run_torch,
-    "torch": torch_int8,
-    "torch-per-channel": lambda *x: torch_int8(*x, per_channel=True),
+    "torch": lambda model, x: run_torch(torch_int8(model), x),
+    "torch-per-channel": lambda model, x: run_torch(torch_int8(model, per_channel=True), x),
     # Its inputs are products, the largest of them 60 to 100 standard deviations.
-    "torch-but-wo": lambda *x: torch_int8(*x, skip="mlp.wo"),
-    "torchao": lambda *x: torchao_int8(*x, "Int8DynamicActivationInt8WeightConfig"),
-    "torchao-weights": lambda *x: torchao_int8(*x, "Int8WeightOnlyConfig"),
+    "torch-but-wo": lambda model, x: run_torch(torch_int8(model, skip="mlp.wo"), x),
+    "torchao": lambda model, x: run_torch(torchao_int8(model), x),
+    "torchao-weights": lambda model, x: run_torch(torchao_int8(model, "Int8WeightOnlyConfig"), x),
     "onnx": lambda *x: run_onnx(*x, int8=False),
     "onnx-int8": lambda *x: run_onnx(*x, int8=True),
 }

@@ -45,6 +45,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForMaskedLM
 
+from benchmarks.int8 import torch_int8, torchao_int8
 from benchmarks.records import print_table, recorder
 from benchmarks.speed.clocks import FAILURES, TOY, Deadline, quantiles, record_file, samples, why
 from benchmarks.speed.compare import free
@@ -189,22 +190,12 @@ def openvino(model, output, dtype, file):
     return run
 
 
-def torch_int8(model, output, dtype, file, skip="none"):
-    """Linear layers whose name ends with `skip` stay in float32."""
-    from torch.ao.quantization import quantize_dynamic
-
-    linear = (name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear))
-    layers = {name for name in linear if not name.endswith(skip)}
-    with warnings.catch_warnings(action="ignore"):
-        return plain(quantize_dynamic(copy.deepcopy(model), layers), output)
+def by_torch(model, output, dtype, file, skip="none"):
+    return plain(torch_int8(model, skip), output)
 
 
-def torchao_int8(model, output, dtype, file):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = copy.deepcopy(model)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return plain(torch.compile(model, dynamic=True), output)
+def by_torchao(model, output, dtype, file):
+    return plain(torch.compile(torchao_int8(model), dynamic=True), output)
 
 
 # By name: the function, what it needs beside torch, and its dtypes.
@@ -215,9 +206,9 @@ WAYS = {
     "onnx": (onnx, ("onnxscript", "onnxruntime"), FLOAT32),
     "onnx-int8": (onnx_int8, ("onnxscript", "onnxruntime"), FLOAT32),
     "openvino": (openvino, ("onnxscript", "openvino"), BOTH),
-    "torch-int8": (torch_int8, (), FLOAT32),
-    "torch-int8-but-wo": (functools.partial(torch_int8, skip="mlp.wo"), (), FLOAT32),
-    "torchao-int8": (torchao_int8, ("torchao",), FLOAT32),
+    "torch-int8": (by_torch, (), FLOAT32),
+    "torch-int8-but-wo": (functools.partial(by_torch, skip="mlp.wo"), (), FLOAT32),
+    "torchao-int8": (by_torchao, ("torchao",), FLOAT32),
 }
 SETTINGS = [f"{model}-{way}" for model in ("mosaic", "bert") for way in WAYS] + ["modernbert-eager"]
 # BERT has no such layer.
