@@ -787,10 +787,9 @@ class BertGatedLinearUnitMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)  # each (total, inter)
-        recorded = torch.compiler.is_compiling() or tracing()
-        if gate.is_cpu and not (self.training or recorded):
+        if gate.is_cpu and not self.training:
             # torch's fast GELU, oneDNN's, takes a copy, but no half of a tensor. This does not
-            # depend on gradients, so that recording them changes no bit.
+            # depend on gradients or compilers, so that they change no bit.
             gate = gate.contiguous()
         return self.layernorm(self.wo(self.dropout(self.act(gate) * value)) + hidden_states)
 
