@@ -21,6 +21,7 @@ PYTHON ?= python3
 TRANSFORMERS ?= 5.23.0
 VENV := .venv-$(TRANSFORMERS)
 BIN := $(VENV)/bin
+NOX := .venv-nox/bin/nox
 CONSTRAINTS := constraints/$(TRANSFORMERS).txt
 # What involves no transformers need not run with the older ones again.
 CHOICE := $(if $(filter 5.23.0,$(TRANSFORMERS)),,-m "not once")
@@ -47,20 +48,21 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
 
-test-matrix:
-	$(PYTHON) -m venv .venv-nox
-	.venv-nox/bin/pip install -q nox==2026.10.20
-	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY))
+test-matrix: $(NOX)
+	$(NOX) $(if $(ONLY),--session $(ONLY))
 
 test-clients: export MOSAIC_PYTHON = $(BIN)/python
 test-clients: export MOSAIC_FOLDER = $(DEMO_DIR)
-test-clients: $(VENV)/ready $(DEMO_DIR)/model.safetensors
+test-clients: $(NOX) $(VENV)/ready $(DEMO_DIR)/model.safetensors
 	$(BIN)/python convert_weights.py $(DEMO_DIR) examples/models/fill-mask --onnx --int8 --overwrite
 	$(BIN)/python convert_weights.py $(DEMO_DIR) examples/models/embeddings --onnx --int8 --overwrite \
 	--task feature-extraction
+	$(NOX) $(if $(ONLY),--session $(ONLY),--tags clients)
+
+$(NOX): Makefile
 	$(PYTHON) -m venv .venv-nox
 	.venv-nox/bin/pip install -q nox==2026.10.20
-	.venv-nox/bin/nox $(if $(ONLY),--session $(ONLY),--tags clients)
+	touch $@
 
 $(DEMO_DIR)/model.safetensors:
 	$(MAKE) demo

@@ -220,9 +220,7 @@ def attention_within_reach(query, key, value, bias, slopes: Tensor) -> Tensor:
 
 
 def is_constant(x: Tensor) -> bool:
-    """Whether no derivative is taken of x, and no tracer or compiler records what becomes of it."""
-    if torch.compiler.is_compiling() or tracing():
-        return False
+    """Whether no derivative is taken of x, be it by autograd or torch.func."""
     derived = x.requires_grad and torch.is_grad_enabled()
     return not (derived or is_functorch_wrapped_tensor(x))
 

@@ -52,6 +52,7 @@ class LongEncoder(Encoder):
     def __init__(self, name, dtype, scores):
         super().__init__(name, dtype, "embeddings")
         self.layers = sys.modules[type(self.model).__module__]
+        self.long = math.inf if name == ALL_KEYS else 16 if TOY else self.layers.LONG
         if self.setting.model == "mosaic":
             self.sharpen(scores)
 
@@ -81,7 +82,7 @@ class LongEncoder(Encoder):
 
         def infer():
             if self.setting.model == "mosaic":
-                self.layers.LONG = math.inf if self.name == ALL_KEYS else 16 if TOY else 1024
+                self.layers.LONG = self.long
             return embed()
 
         return infer

@@ -115,10 +115,10 @@ def ahead_of_time(model, output, dtype, file):
 def runs(lengths):
     """(length, slice of rows) of each run of rows of equal length."""
     start = 0
-    for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or lengths[end] != lengths[start]:
-            yield lengths[start], slice(start, end)
-            start = end
+    for length, run in itertools.groupby(lengths):
+        end = start + len(list(run))
+        yield length, slice(start, end)
+        start = end
 
 
 def longest(model):
