@@ -4,14 +4,16 @@ seeds bear out."""
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run_python
-from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags
+from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags, write_vocab
+from transformers import BertTokenizerFast
 
-from benchmarks.learning import ablations, pareto, pareto_results
+from benchmarks.learning import ablations, acceptability, pareto, pareto_results
 from mosaic_bert import bert_layers
 from mosaic_bert.configuration_bert import MosaicBertConfig
 
@@ -100,26 +102,30 @@ def test_a_difference_is_claimed_beyond_the_spread_over_seeds(theirs, ours, expe
 
 def test_what_ours_has_at_equal_cost_is_between_its_budgets():
     runs = [
-        {"seed": seed, "minutes": i, "seconds": 30 * 4**i + seed, "eval_loss": 6 - i + seed / 10}
+        {"seed": seed, "minutes": i, "seconds": 30 * 2**i + seed, "eval_loss": 6 - i + seed / 10}
         for i in (0, 1)
         for seed in (-1, 0, 1)
     ]
 
-    def at(seconds):
+    def at(seconds, runs=runs):
         return pareto_results.ours_at(seconds, "seconds", "eval_loss", runs)
 
-    assert at(60) == pytest.approx([5.4, 5.5, 5.6])
-    assert at(132)[1] < 5
-    assert at(26) == at(133) == []
+    assert at(30 * 2**0.5) == pytest.approx([5.4, 5.5, 5.6])
+    assert at(65)[1] < 5
+    assert at(26) == at(67) == []
+    # Nothing is known between budgets that are far apart.
+    far = [*runs[:3], *({**run, "seconds": run["seconds"] * 1.2} for run in runs[3:])]
+    assert at(50, far) == [] and at(32, far) == [] and len(at(30, far)) == 3
 
     def compared(loss, *seconds):
         theirs = [{"seconds": x, "eval_loss": loss} for x in seconds]
         return pareto_results.compared(theirs, runs, "seconds", "eval_loss")
 
-    assert compared(5.8, 60, 60, 60) == "+0.300 worse"
-    assert compared(5.8, 60, 60) == "+0.300 unclaimed"
+    halfway = 30 * 2**0.5
+    assert compared(5.8, halfway, halfway, halfway) == "+0.300 worse"
+    assert compared(5.8, halfway, halfway) == "+0.300 unclaimed"
     # One of them was no slower than where ours has as much.
-    assert compared(5.8, 40, 60, 80) == "+0.300 same"
+    assert compared(5.8, halfway - 10, halfway, halfway + 10) == "+0.300 same"
 
 
 def test_dense_logits_are_of_all_tokens_and_have_the_same_loss(build):
@@ -156,6 +162,91 @@ def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
     assert found["untrained"]["learning_rate"] == 0
 
 
+def test_scores_are_compared_over_all_seeds_and_the_floors(monkeypatch):
+    def run(model, minutes, seed, *scores):
+        costs = {"seconds": 60.0 * minutes, "tokens": 1e6 * minutes, "flop": 1e12 * minutes}
+        key = {"model": model, "minutes": minutes, "seed": seed}
+        return key | costs | {"eval_loss": 5.0, "scores": {"sst2": list(scores)}}
+
+    floor = [run("untrained", 0, 1, 0.5, 0.6, 0.7)]
+    ours = [run("mosaic", x, 1, 0.7 + x / 10, 0.8 + x / 10, 0.8 + x / 10) for x in (1, 2)]
+    row = pareto_results.summary(ours[:1], ours, floor)
+    assert row["sst2"] == pytest.approx(0.8667, abs=1e-3) and len(row["all sst2"]) == 3
+    assert row["sst2, spread"] == "80.0% to 90.0%"
+    # 0.27 above, of seeds up to 0.2 apart.
+    assert row["sst2, above the floor"] == "better" and row["sst2, equal minutes"] is None
+    theirs = [run("bert", 2, 1, 0.7, 0.9, 0.8)]
+    row = pareto_results.summary(theirs, ours, floor)
+    assert row["sst2, above the floor"] == "same"
+    assert row["sst2, equal minutes"] == "-0.167 unclaimed"
+
+
+def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    rows = [f'{{"sentence": "{i}"}}' for i in range(2_000)]
+    (tmp_path / "glue" / "sst2" / "train.jsonl").write_text("\n".join(rows))
+    args = SimpleNamespace(glue=tmp_path / "glue", output_dir=tmp_path / "out", tasks=["sst2"])
+    folder = pareto.to_choose_by(args) / "sst2"
+    parts = {x: (folder / f"{x}.jsonl").read_text().splitlines() for x in ("train", "dev")}
+    assert len(parts["dev"]) == 500 and sorted(parts["train"] + parts["dev"]) == sorted(rows)
+
+    args = SimpleNamespace(tasks=["a", "b"], finetune_rates=[1e-4, 1e-3], to_choose_by=folder)
+    monkeypatch.setattr(pareto, "finetuning", lambda *words, **flags: flags["learning_rate"])
+    found = {1e-4: {"a": [0.5], "b": [0.7]}, 1e-3: {"a": [0.6], "b": [0.1]}}
+    tried = []
+    monkeypatch.setattr(pareto, "scores_of", lambda _: found[tried[-1]])
+    assert pareto.best_rates(args, "mosaic", folder, tried.append) == {"a": 1e-3, "b": 1e-4}
+    assert tried == [1e-4, 1e-3]
+
+
+@pytest.mark.parametrize("name, trunks", [("mosaic", 1), ("bert_old", 0)])
+def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, name, trunks):
+    plain = ("prepared_data", "prepared_long", "others", "tasks")
+    args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path)
+    args.minutes = [5, 10, 20]
+    monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        pareto, "training", lambda _, __, ___, folder, steps, log, **x: (folder.name, steps, log, x)
+    )
+    seen = []
+    folders = pareto.pretrain(args, name, 1, [5, 20], 100, seen.append)
+    assert [folders[x].name for x in (5, 20)] == ["5", "20"]
+    assert [x[:2] for x in seen[trunks:]] == [("5", 2_000), ("20", 8_000)]
+    if not trunks:
+        assert not any("lr_scheduler_type" in run for *_, run in seen)
+        return
+    # 17 of 20 parts, of which the shortest budget's warm-up is 4.
+    assert seen[0][:3] == ("trunk", 6_800, 100)
+    assert seen[0][3]["save_steps"] == 1_700 and seen[0][3]["warmup_steps"] == 400
+    for (*_, log, branch), (begins, decay) in zip(
+        seen[1:], [(1_700, 300), (6_800, 1_200)], strict=True
+    ):
+        assert log == 100 and branch["warmup_steps"] == 400
+        assert branch["resume_from_checkpoint"] == tmp_path / "trunk" / f"checkpoint-{begins}"
+        found = json.loads(branch["lr_scheduler_kwargs"])
+        assert found == {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+
+
+@torch.inference_mode()
+def test_a_sentence_scores_what_its_tokens_have_where_each_is_masked(build, tmp_path):
+    words = dict.fromkeys(" ".join(DOCUMENTS).split())
+    tokenizer = BertTokenizerFast(str(write_vocab(tmp_path / "vocab.txt", *words)))
+    model = build()
+    sentences = ["the old reader", "a", *DOCUMENTS[:3]]
+    expected = []
+    for sentence in sentences:
+        ids = tokenizer(sentence)["input_ids"]
+        found = []
+        for i in range(1, len(ids) - 1):
+            masked = [*ids[:i], tokenizer.mask_token_id, *ids[i + 1 :]]
+            logits = model(torch.tensor([masked])).logits[0, i].double()
+            found.append((logits[ids[i]] - logits.logsumexp(0)).item())
+        expected.append(sum(found) / len(found))
+    for rows in (3, 256):
+        found = acceptability.score(model, tokenizer, sentences, rows)
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
     # Rows of 12 tokens, some of which are padding, enough of them that no batch is without a mask:
@@ -174,8 +265,9 @@ def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
     others = ("bert_old", "learned_positions", "padding_kept", "dense_logits", "untrained")
     words = [
         *flags(prepared_data="short", prepared_long="long", glue="glue", output_dir="out"),
-        *flags(results=".", minutes=1e-4, tasks="sst2", hidden_size=64, layers=1, rows=16),
-        *("--finetune", "--max_steps 2", "--adam_beta1", 0.8, "--seeds", 1),
+        *flags(results=".", tasks="sst2", hidden_size=64, layers=1, rows=16),
+        *("--finetune", "--max_steps 2", "--finetune_seeds", 1, 2, "--finetune_rates", 1e-4, 1e-3),
+        *("--adam_beta1", 0.8, "--seeds", 1, "--minutes", 1e-4, 2e-4),
         *("--models", "mosaic", *others),
     ]
     said = run_python(
@@ -185,7 +277,12 @@ from benchmarks.learning import pareto
 
 for words in {[[str(x) for x in words] for words in preparing]}:
     run({{"": [{str(ROOT / "prepare_data.py")!r}, *words]}})
-pareto.TRIAL, pareto.run = 10, run
+
+def in_turn(work, items):
+    for item in items:
+        work(item, lambda words: run({{"": words}}))
+
+pareto.TRIAL, pareto.each_on_a_core = 10, in_turn
 for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"]):
     print("AGAIN")
     sys.argv[1:] = {[str(x) for x in words]} + more
@@ -194,16 +291,18 @@ for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"]):
         tmp_path,
     )
     _, *runs = said.split("AGAIN")
-    # A trial, training and fine-tuning of each; nothing; training and fine-tuning of one.
-    assert [x.count("RUN") for x in runs] == [6 + 6 + 6, 0, 2]
+    # Trials; trunks; budgets; fine-tuning at two rates, and at the best of each budget.
+    once = (5, 4, 2 + 2 + 3 + 1, 2 * 6, 2 + 2 + 3 + 1)
+    assert [x.count("RUN") for x in runs] == [sum(once), 0, 1 + 2 + 2 + 2]
     records = [json.loads(line) for line in (tmp_path / "pareto.jsonl").read_text().splitlines()]
-    assert len(records) == 7 and (tmp_path / "pareto.png").is_file()
+    assert len(records) == 8 + 2 and (tmp_path / "pareto.png").is_file()
     for record in records:
         assert math.isfinite(record["eval_loss"]) and record["flop"] > 0 and record["seconds"] > 0
-        assert record["step"] == 10 and record["settings"]["others"] == ["--adam_beta1", "0.8"]
+        assert record["settings"]["others"] == ["--adam_beta1", "0.8"]
+        assert len(record["scores"]["sst2"]) == 2
+    steps = {x["minutes"]: x["step"] for x in records if x["model"] == "mosaic"}
+    assert steps == {1e-4: 20, 2e-4: 40}
     # Among them padding_kept and dense_logits, which draw dropout for more tokens.
-    assert len({record["eval_loss"] for record in records}) == 7
+    assert len({record["eval_loss"] for record in records}) == 10
     differences = json.loads(runs[0].splitlines()[-1])
-    # With a single budget nothing is at equal cost.
     assert set(differences) == set(others) - {"untrained"}
-    assert all(set(x.values()) == {None} for x in differences.values())

@@ -3,68 +3,85 @@
 
 Pre-trains MosaicBERT, transformers' BERT by the same recipe (each at its best peak rate) and by its
 old one, and MosaicBERT less one component each, fine-tunes them on GLUE, and draws held-out loss
-and score against minutes and FLOP of pre-training. All see the same text and are held to the same
+and scores against minutes and FLOP of pre-training. All see the same text and are held to the same
 masked tokens.
 
-    xzcat wiki.train.txt.xz | fold -s -w 560 > short.txt
-    xzcat wiki.train.txt.xz | fold -s -w 2300 > long.txt
-    fold -s -w 560 wiki.valid.txt | head -n 600 > held-out.txt
-    python prepare_data.py --train_file short.txt --validation_file held-out.txt \
-        --vocab_size 4096 --prepared_data runs/passages-128
-    python prepare_data.py --train_file long.txt --validation_file held-out.txt \
+    xzcat wiki.train.txt.xz books.train.txt.xz > train.txt
+    fold -s -w 560 train.txt > short.txt
+    fold -s -w 2300 train.txt > long.txt
+    cat wiki.valid.txt books.valid.txt | fold -s -w 560 | awk 'NR % 4 == 1' > passages.txt
+    head -n 600 passages.txt > valid.txt
+    python prepare_data.py --train_file short.txt --validation_file valid.txt \
+        --vocab_size 8192 --prepared_data runs/passages-128
+    python prepare_data.py --train_file long.txt --validation_file valid.txt \
         --tokenizer_name runs/passages-128 --max_seq_length 512 --prepared_data runs/passages-512
-    python benchmarks/learning/pareto.py --glue glue \
+    python benchmarks/learning/pareto.py --glue glue --models mosaic bert bert_old untrained \
         --prepared_data runs/passages-128 --prepared_long runs/passages-512
 
-- Passages, since articles cut at 128 tokens would have no padding: 7 % of their places are.
-- Each budget is a run with a linear decay of its own: one evaluated on its way has not decayed. A
-  trial says how many steps fit, every seed takes as many, and what they took is measured. Ablations
-  have the longest budget only.
-- Minutes leave out start and evaluation. FLOP is callbacks.Throughput's: padding, and logits
-  of tokens without a label, which BERT computes, do not count.
+- Passages, since articles cut at 128 tokens would have no padding: 8 % of their places are.
+- All budgets of a model and seed are on one trunk, which keeps its rate after the warm-up. The last
+  15 % of a budget are a branch off it in which the rate decays to 0, as 1 - sqrt (Haegele et al.
+  2024). `bert_old` and `untrained` have a run for each budget, with a linear decay.
+- A trial says how many steps fit a budget, every seed takes as many, and what they took is
+  measured, on a CPU in the process's own CPU time (cpu_clock.py). Start and evaluation do not
+  count. FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
+  computes, do not count.
+- Fine-tuning has one rate for each run and task: of --finetune_rates the one that is best, after
+  the longest budget, for 500 rows held out of the training data. Scores are of GLUE's own
+  validation rows, one for each of --finetune_seeds.
 - A model's mean over seeds is compared with MosaicBERT's at equal minutes, tokens and FLOP, between
-  its budgets by linear interpolation over their logarithm. A difference is claimed if it is larger
-  than either's seeds have among themselves (largest - smallest), also at the least and the most
-  that the model's seeds took: so are 5 % of equals, with 3 seeds and normal noise.
-- Of GLUE, SST-2 and STS-B: even BERT-Mini (4 x 256, trained in full) has 0.0 in CoLA, and in MRPC
-  and RTE little more than the commonest label gives (table of google-research/bert). `untrained`,
-  10 steps at rate 0, is what fine-tuning alone gives.
+  its budgets by linear interpolation over their logarithm, where they are at most 2.2 times apart.
+  A difference is claimed if it is larger than either's seeds have among themselves
+  (largest - smallest), also at the least and the most that the model's seeds took: so are 5 % of
+  equals, with 3 seeds and normal noise.
+- `untrained`, 10 steps at rate 0, is what fine-tuning alone gives. A score is above it beyond the
+  spread by the same rule, over all seeds of pre-training and fine-tuning.
+- With --cola, acceptability.py's area under the ROC curve too, for which nothing is fine-tuned.
 - The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
   fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
   few steps; LayerNorm and biases decay too; no NSP.
 
-By default 27 runs of 2 minutes and 9 of 0.7, two at a time, are 30 minutes on two cores; trials,
-starts, evaluations and fine-tuning, some 2 core-minutes a run, another 40. The same command
-again skips what pareto.jsonl has of the same settings, device and versions. Unknown flags are
-train_mlm.py's.
+Each core has a run at a time. The same command again goes on where it was, and skips what
+pareto.jsonl has of the same settings, device and versions. Unknown flags are train_mlm.py's.
+Without names after --tasks nothing is fine-tuned, as to find the best rate:
+
+    python benchmarks/learning/pareto.py ... --tasks --minutes 5 --seeds 1 --models mosaic bert \
+        --rates mosaic=1e-3 bert=5e-4
 
 BERT-Base's sizes on a GPU, 10 minutes each and some for GLUE, on the first 17,000 articles (head
 before fold) and 30,522 entries, so that both folders take less than 40 MB:
 
     python benchmarks/learning/pareto.py --glue glue --models mosaic bert bert_old --minutes 10 \
         --seeds 1 --prepared_data runs/passages-128 --prepared_long runs/passages-512 \
-        --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' \
+        --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' --finetune_rates 5e-5 \
         --rates mosaic=5e-4 bert=5e-4 bert_old=1e-4
 
-Adds a record a run to pareto.jsonl, draws pareto.png and prints a table. The last line is JSON: how
-each model differs from MosaicBERT at the longest budget.
+Adds a record for each run and budget to pareto.jsonl, draws pareto.png and prints a table. The last
+line is JSON: how each model differs from MosaicBERT at the longest budget.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
+import subprocess
 import sys
+import threading
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.learning.ablations import SWAPS, model_module
 from benchmarks.learning.pareto_results import AXES, draw, summary
-from benchmarks.learning.side_by_side import at_a_time, curve, run, words_of
+from benchmarks.learning.side_by_side import curve, each_on_a_core, words_of
 from benchmarks.records import RESULTS, ROOT, environment, place, print_table
+from mosaic_tools.checkpoints import newest_checkpoint
 from mosaic_tools.prepared import begin, load_prepared, shard_files, write_shard
 from mosaic_tools.recipe import DataArguments
 
+HERE = Path(__file__).parent
 OLD = {"model_type": "bert", "attention_probs_dropout_prob": 0.1, "mlm_probability": 0.15}
 OLD |= {"adam_beta2": 0.999, "weight_decay": 0.01, "max_grad_norm": 1.0}
 # Flags of train_mlm.py; some names stand for a swap in ablations.py.
@@ -81,9 +98,14 @@ MODELS = {
     "untrained": {"learning_rate": 0.0},
 }
 ABLATIONS = list(MODELS)[3:-1]
-# The best of learning.jsonl, at 4 x 256; ablations have MosaicBERT's unless told otherwise.
+# Of these each budget is a run of its own.
+WITHOUT_TRUNK = ("bert_old", "untrained")
+# The best of a sweep at 4 x 256; ablations have MosaicBERT's unless told otherwise.
 RATES = {"mosaic": 2e-3, "bert": 1e-3, "bert_old": 1e-3}
-TRIAL = 60  # steps
+# Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.
+TRIAL, PARTS, DECAY = 60, 20, 3
+# Rows of a task's training data that a rate is chosen by.
+HELD_OUT = 500
 
 
 def data_of(folder: Path) -> DataArguments:
@@ -126,63 +148,165 @@ def recipe(args, name: str, seed: int) -> dict:
     } | flags
 
 
-def command(name: str, script: str, folder: Path, words: list, **flags) -> list:
-    flags |= {"output_dir": folder, "overwrite": "true", "disable_tqdm": "true", "cpu_threads": 1}
-    ablations = Path(__file__).with_name("ablations.py")
-    script = [ablations, name, script] if name in SWAPS else [ROOT / script]
-    return [*script, *words_of(flags), *words]
+def settings(args, name: str, seed: int) -> dict:
+    """What a record depends on besides its key: model, minutes and seed."""
+    data = args.prepared_long if name == "bert_old" else args.prepared_data
+    found = recipe(args, name, seed) | {"data": data.name, "others": args.others}
+    if name not in WITHOUT_TRUNK:
+        # The warm-up is the shortest budget's.
+        found["trunk"] = min(args.minutes)
+    if args.tasks:
+        found |= {key: getattr(args, key) for key in ("tasks", "finetune", "finetune_rates")}
+        found["finetune_seeds"] = args.finetune_seeds
+    return found
 
 
-def training(args, name: str, seed: int, steps: int, folder: Path) -> list:
-    """A command that pre-trains for so many steps."""
+def folder_of(args, name: str, seed: int) -> Path:
+    """Where a run is, of just these settings."""
+    words = json.dumps(settings(args, name, seed), sort_keys=True)
+    digest = hashlib.sha256(words.encode()).hexdigest()[:8]
+    return args.output_dir / f"{name}-{seed}-{digest}"
+
+
+# ---- pre-training ----
+
+
+def command(name: str, script: str, words: list, **flags) -> list:
+    clock = [] if torch.cuda.is_available() else [HERE / "cpu_clock.py"]
+    script = [HERE / "ablations.py", name, script] if name in SWAPS else [ROOT / script]
+    flags |= {"disable_tqdm": "true", "cpu_threads": 1}
+    return [*clock, *script, *words_of(flags), *words]
+
+
+def training(args, name: str, seed: int, folder: Path, steps: int, log: int, **flags) -> list:
+    """A command that pre-trains for so many steps, and logs so often."""
     flags = recipe(args, name, seed) | {
         "prepared_data": long_rows(args) if name == "bert_old" else args.prepared_data,
+        "output_dir": folder,
         "max_steps": steps,
-        "logging_steps": steps // 10,
+        "logging_steps": log,
         "save_strategy": "no",
         # MFU is then model TFLOP/s.
         "peak_tflops": 1,
         # A loss that rises is a result too.
         "divergence": "inf",
+        **flags,
     }
-    return command(name, "train_mlm.py", folder, args.others, **flags)
+    return command(name, "train_mlm.py", args.others, **flags)
 
 
-def finetuning(args, name: str, seed: int, folder: Path) -> list:
-    """A command that fine-tunes the model of that folder."""
-    words = ["--task", *args.tasks, *shlex.split(args.finetune)]
+def part_of_the_shortest(args, name: str, done: dict, execute) -> int:
+    """Steps of a PARTS-th of the shortest budget: as in records, or by the second half of a trial.
+    Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
+    least = min(args.minutes)
+    for (of, minutes, _), found in done.items():
+        if of == name and minutes:
+            return found["step"] // PARTS // round(minutes / least)
+    folder = folder_of(args, name, 0)
+    if not (folder / "eval_results.json").exists():
+        execute(training(args, name, 0, folder, TRIAL, TRIAL // 10, overwrite="true"))
+    logs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    rows_per_second = median([x["samples_per_second"] for x in logs if "loss" in x][5:])
+    steps_per_second = rows_per_second / recipe(args, name, 0)["global_batch_size"]
+    return max(1, round(60 * least * steps_per_second / PARTS))
+
+
+def pretrain(args, name: str, seed: int, budgets: list[float], part: int, execute) -> dict:
+    """A folder with the trained model for each budget."""
+    folder, least = folder_of(args, name, seed), min(args.minutes)
+    folders = {minutes: folder / f"{minutes:g}" for minutes in budgets}
+    parts = {x: part * round(x / least) for x in budgets}  # steps of a PARTS-th
+    branches = {x: (PARTS - DECAY) * steps for x, steps in parts.items()}
+    on_trunk, log = {"warmup_steps": max(1, PARTS * part // 5)}, part or 1
+    if name not in WITHOUT_TRUNK:
+        steps, trunk = max(branches.values()), folder / "trunk"
+        if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
+            flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
+            flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
+            execute(training(args, name, seed, trunk, steps, log, **flags | on_trunk))
+    for minutes, where in folders.items():
+        if (where / "eval_results.json").exists():
+            continue
+        flags = {"overwrite": "true"}
+        if name not in WITHOUT_TRUNK:
+            decay = {"num_decay_steps": DECAY * parts[minutes], "decay_type": "1-sqrt"}
+            flags |= {"lr_scheduler_type": "warmup_stable_decay"} | on_trunk
+            flags |= {"lr_scheduler_kwargs": json.dumps(decay)}
+            flags |= {"resume_from_checkpoint": trunk / f"checkpoint-{branches[minutes]}"}
+        steps = PARTS * parts[minutes] or 10
+        execute(training(args, name, seed, where, steps, log, **flags))
+    return folders
+
+
+# ---- fine-tuning ----
+
+
+def finetuning(args, name: str, model: Path, folder: Path, tasks: list[str], **flags) -> list:
+    """A command that fine-tunes the model."""
     # Learned positions have no more.
     length = data_of(args.prepared_data).max_seq_length
-    flags = {"model": folder, "data_dir": args.glue, "seeds": seed, "max_seq_length": length}
+    flags = {"data_dir": args.glue, "max_seq_length": length} | flags
     flags |= {x: y for x, y in MODELS[name].items() if x == "low_precision_layernorm"}
-    return command(name, "finetune.py", folder / "glue", words, **flags)
+    words = ["--task", *tasks, *shlex.split(args.finetune)]
+    return command(name, "finetune.py", words, model=model, output_dir=folder, **flags)
 
 
-def steps_per_second(args, names: list[str]) -> dict[str, float]:
-    """By the second half of a trial."""
-    folders, speeds = {name: args.output_dir / "trial" / name for name in names}, {}
-    run({name: training(args, name, 0, TRIAL, folder) for name, folder in folders.items()})
-    for name, folder in folders.items():
-        logs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        rows_per_second = median([x["samples_per_second"] for x in logs if "loss" in x][5:])
-        speeds[name] = rows_per_second / recipe(args, name, 0)["global_batch_size"]
-    return speeds
+def scores_of(folder: Path) -> dict[str, list[float]]:
+    """For each task the scores of its seeds."""
+    tasks = json.loads((folder / "results.json").read_text())["tasks"]
+    return {task: [run["score"] for run in found["runs"]] for task, found in tasks.items()}
 
 
-def settings(args, name: str, seed: int) -> dict:
-    """What a record depends on besides its key: model, minutes and seed."""
-    data = args.prepared_long if name == "bert_old" else args.prepared_data
-    more = {"data": data.name, "finetune": args.finetune, "others": args.others}
-    return recipe(args, name, seed) | {"tasks": args.tasks} | more
+def to_choose_by(args) -> Path:
+    """A folder of tasks like --glue, whose validation rows are of the training data."""
+    folder = args.output_dir / "to-choose-by"
+    for task in args.tasks:
+        rows = (Path(args.glue) / task / "train.jsonl").read_text().splitlines()
+        every = max(2, len(rows) // HELD_OUT)
+        held = {i for i in range(0, len(rows), every)}
+        parts = {"dev": held, "train": set(range(len(rows))) - held}
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for part, chosen in parts.items():
+            lines = "".join(rows[i] + "\n" for i in sorted(chosen))
+            (folder / task / f"{part}.jsonl").write_text(lines)
+    return folder
 
 
-def record(args, name: str, minutes: float, seed: int, folder: Path) -> dict:
-    tasks = json.loads((folder / "glue" / "results.json").read_text())["tasks"]
-    scores = {task: tasks[task]["score"]["mean"] for task in args.tasks}
-    found = settings(args, name, seed)
-    results = curve(folder, found["global_batch_size"])[-1] | {"glue": mean(scores.values())}
-    key = {"model": name, "minutes": minutes, "seed": seed}
-    return key | results | {"scores": scores, "settings": found}
+def best_rates(args, name: str, model: Path, execute) -> dict[str, float]:
+    """For each task the rate with the best score of rows held out of the training data."""
+    rates = args.finetune_rates
+    if len(rates) == 1:
+        return dict.fromkeys(args.tasks, rates[0])
+    found = {}
+    for rate in rates:
+        folder = model / f"rate-{rate:g}"
+        flags = {"data_dir": args.to_choose_by, "learning_rate": rate, "seeds": 0}
+        execute(finetuning(args, name, model, folder, args.tasks, **flags))
+        found[rate] = scores_of(folder)
+    return {task: max(rates, key=lambda rate: found[rate][task]) for task in args.tasks}
+
+
+def finetune(args, name: str, model: Path, rates: dict[str, float], execute) -> dict:
+    """For each task the scores of --finetune_seeds."""
+    scores = {}
+    for task, rate in rates.items():
+        folder = model / task
+        command = finetuning(args, name, model, folder, [task], learning_rate=rate)
+        execute([*command, "--seeds", *args.finetune_seeds])
+        scores |= scores_of(folder)
+    return scores
+
+
+def acceptability(args, name: str, model: Path) -> dict:
+    """acceptability.py's answer; none of what transformers cannot load."""
+    if not args.cola or name in SWAPS:
+        return {}
+    words = [sys.executable, HERE / "acceptability.py", model, args.cola]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return {"cola_auc": json.loads(said.splitlines()[-1])["auc"]}
+
+
+# ---- all ----
 
 
 def finished(args) -> dict[tuple, dict]:
@@ -203,22 +327,36 @@ def finished(args) -> dict[tuple, dict]:
 
 def run_all(args):
     """Adds to the records what they lack of the plan."""
-    done, where = finished(args), environment()
-    missing = [key for key in args.plan if key not in done]
-    steps = {key[:2]: x["step"] for key, x in done.items()}
-    untried = dict.fromkeys(key[0] for key in missing if key[:2] not in steps)
-    for name, speed in steps_per_second(args, list(untried)).items():
-        for minutes in (*args.minutes, 0):
-            # Logged ten times, the last step with them.
-            steps.setdefault((name, minutes), 10 * max(1, round(6 * minutes * speed)))
-    for i in range(0, len(missing), at_a_time()):
-        group = {k: args.output_dir / "-".join(map(str, k)) for k in missing[i:][: at_a_time()]}
-        print(f"{i} of {len(missing)} runs are done, next {list(group)}", flush=True)
-        run({k: training(args, k[0], k[2], steps[k[:2]], x) for k, x in group.items()})
-        run({k: finetuning(args, k[0], k[2], x) for k, x in group.items()})
-        with open(args.results / "pareto.jsonl", "a") as file:
-            for key, folder in group.items():
-                file.write(json.dumps(record(args, *key, folder) | where) + "\n")
+    done, where, one_writes = finished(args), environment(), threading.Lock()
+    missing = {}
+    for name, minutes, seed in args.plan:
+        if (name, minutes, seed) not in done:
+            missing.setdefault((name, seed), []).append(minutes)
+    if any(name == "bert_old" for name, _ in missing):
+        # Before two runs would write it at once.
+        long_rows(args)
+    args.to_choose_by = to_choose_by(args) if len(args.finetune_rates) > 1 else None
+    names, parts = list(dict.fromkeys(name for name, _ in missing)), {"untrained": 0}
+
+    def try_out(name, execute):
+        if name not in parts:
+            parts[name] = part_of_the_shortest(args, name, done, execute)
+
+    def produce(key, execute):
+        (name, seed), budgets = key, missing[key]
+        folders = pretrain(args, name, seed, budgets, parts[name], execute)
+        rates = best_rates(args, name, folders[max(budgets)], execute) if args.tasks else {}
+        for minutes, folder in folders.items():
+            record = {"model": name, "minutes": minutes, "seed": seed}
+            record |= curve(folder, recipe(args, name, seed)["global_batch_size"])[-1]
+            record |= {"scores": finetune(args, name, folder, rates, execute)}
+            record |= {"finetune_rates": rates} | acceptability(args, name, folder)
+            record |= {"settings": settings(args, name, seed)} | where
+            with one_writes, open(args.results / "pareto.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    each_on_a_core(try_out, names)
+    each_on_a_core(produce, list(missing))
 
 
 def main():
@@ -226,19 +364,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--prepared_data", type=Path, required=True, help="of prepare_data.py")
     parser.add_argument("--prepared_long", type=Path, help="longer rows, for bert_old")
-    parser.add_argument("--glue", required=True, help="folder with TASK/train.jsonl and dev.jsonl")
+    parser.add_argument("--glue", help="folder with TASK/train.jsonl and dev.jsonl")
+    parser.add_argument("--cola", type=Path, help="CoLA's dev.jsonl")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pareto"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--minutes", type=float, nargs="+", default=[0.7, 2])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 40])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bert_mlp", type=int, default=6, help="widths; 6: as many weights")
     parser.add_argument("--rows", type=int, default=32, help="of a step")
     parser.add_argument("--rates", nargs="+", default=[], metavar="MODEL=RATE")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
-    quick = "--learning_rate 3e-4 --max_steps 400 --global_batch_size 32"
+    parser.add_argument("--tasks", nargs="*", default=["sst2", "stsb"])
+    parser.add_argument("--finetune_rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--finetune_seeds", type=int, nargs="+", default=[1, 2, 3])
+    quick = "--max_steps 400 --global_batch_size 32"
     parser.add_argument("--finetune", default=quick, help="its flags; '': the tasks' own recipes")
     args, args.others = parser.parse_known_args()
     args.rates = RATES | {k: float(x) for k, x in (word.split("=") for word in args.rates)}
@@ -246,26 +387,31 @@ def main():
         parser.error(f"--rates: {', '.join(unknown)} is none of {', '.join(MODELS)}")
     if "bert_old" in args.models and not args.prepared_long:
         parser.error("bert_old needs --prepared_long; or leave it out of --models")
+    if args.tasks and not args.glue:
+        parser.error("--tasks need --glue, or give --tasks without a name")
     # Fills transformers' cache of code, which runs side by side would race for.
     model_module()
 
     longest = max(args.minutes)
     budgets = dict.fromkeys(MODELS, args.minutes) | dict.fromkeys(ABLATIONS, [longest])
     budgets["untrained"] = [0]
-    keys = [(name, x, seed) for seed in args.seeds for name in args.models for x in budgets[name]]
-    # The longest first: those side by side are then of one budget.
-    args.plan = sorted(keys, key=lambda key: -key[1])
+    args.plan = [
+        (name, x, seed) for seed in args.seeds for name in args.models for x in budgets[name]
+    ]
     run_all(args)
     records, found = finished(args), {}
     for key in args.plan:
         found.setdefault(key[:2], []).append(records[key])
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
-    rows = [summary(runs, ours) for runs in found.values()]
-    draw(rows, args.results / "pareto.png")
+    floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
+    rows = [summary(runs, ours, floor) for runs in found.values()]
+    draw(rows, args.tasks, args.results / "pareto.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
     formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}
-    formats |= {"GLUE": ".1%", "GLUE, equal minutes": ""} | dict.fromkeys(args.tasks, ".1%")
-    print_table(rows, formats)
+    for task in args.tasks:
+        formats |= {task: ".1%", f"{task}, spread": "", f"{task}, equal minutes": ""}
+        formats |= {f"{task}, above the floor": ""}
+    print_table(rows, formats | {"cola_auc": ".3f"})
     last = [row for row in rows if row["budget"] == longest and row["model"] != "mosaic"]
     print(json.dumps({x["model"]: {y: x[y] for y in formats if "equal" in y} for x in last}))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pareto.py's records say: what is claimed, rows of its table, and the figure."""
 
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -20,6 +21,8 @@ TITLES = {
     "dense_logits": "logits of all tokens",
     "masking_15": "15 % masking",
 }
+# Between budgets that are more times apart nothing is interpolated.
+FAR = 2.2
 # What a run costs: keys of its record, and units.
 AXES = {"minutes": ("seconds", 60), "Mtokens": ("tokens", 1e6), "TFLOP": ("flop", 1e12)}
 
@@ -36,12 +39,15 @@ def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False)
 
 def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
     """What MosaicBERT has at this cost, a value for each seed: between its budgets linearly over
-    the cost's logarithm; none beyond a tenth less or more than they cost on average."""
+    the cost's logarithm; none beyond a tenth less or more than they cost on average, and none
+    between budgets that are more than FAR times apart."""
     budgets = {}
     for run in sorted(ours, key=lambda run: (run["minutes"], run["seed"])):
         budgets.setdefault(run["minutes"], []).append(run)
     costs = [mean(run[axis] for run in runs) for runs in budgets.values()]
     if len(costs) < 2 or not costs[0] / 1.1 <= cost <= costs[-1] * 1.1:
+        return []
+    if any(after > FAR * before for before, after in pairwise(costs) if before < cost < after):
         return []
     heights = [[run[y] for run in runs] for runs in budgets.values()]  # (budgets, seeds)
     line = interp1d(np.log(costs), heights, axis=0, fill_value="extrapolate")
@@ -62,45 +68,56 @@ def compared(runs: list[dict], ours: list[dict], axis: str, y: str) -> str | Non
     return f"{mean(theirs) - mean(at_equal):+.3f} {said or 'unclaimed'}"
 
 
-def summary(runs: list[dict], ours: list[dict]) -> dict:
-    """A row of the table: means over the seeds of a model and budget, and how they compare with
-    MosaicBERT's runs of all budgets."""
-    losses, scores = ([x[y] for x in runs] for y in ("eval_loss", "glue"))
+def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
+    """A row of the table: means over the seeds of a model and budget, how they compare with
+    MosaicBERT's runs of all budgets, and scores with those of fine-tuning alone."""
     row = {"model": runs[0]["model"], "budget": runs[0]["minutes"], "seeds": len(runs)}
     row |= {name: mean(x[key] for x in runs) / unit for name, (key, unit) in AXES.items()}
-    row |= {"loss": mean(losses), "all loss": losses, "GLUE": mean(scores), "all GLUE": scores}
-    row |= {task: mean(x["scores"][task] for x in runs) for task in runs[0]["scores"]}
     others = ours if row["model"] != "mosaic" else []
+    losses = [x["eval_loss"] for x in runs]
+    row |= {"loss": mean(losses), "all loss": losses}
+    if "cola_auc" in runs[0]:
+        row["cola_auc"] = mean(x["cola_auc"] for x in runs)
     for name, (key, _) in AXES.items():
         row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
-        row[f"GLUE, equal {name}"] = compared(runs, others, key, "glue")
+    for task in runs[0]["scores"]:
+        values, least = ([y for x in of for y in x["scores"][task]] for of in (runs, floor))
+        row |= {task: mean(values), f"all {task}": values}
+        row[f"{task}, spread"] = f"{min(values):.1%} to {max(values):.1%}"
+        row[f"{task}, above the floor"] = claim(values, least)
+        means = lambda of, task=task: [x | {task: mean(x["scores"][task])} for x in of]  # noqa: E731
+        row[f"{task}, equal minutes"] = compared(means(runs), means(others), "seconds", task)
     return row
 
 
-def draw(rows: list[dict], path: Path):
-    """Means over seeds, with bars from the worst to the best; dashed, GLUE without pre-training."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    labels = {"loss": "held-out loss, 15 % masked (nats)", "GLUE": "mean score of the GLUE tasks"}
-    for axes, (y, label) in zip(grid, labels.items(), strict=True):
-        axes[0].set_ylabel(label)
-        for i, (name, title) in enumerate(TITLES.items()):
-            look = {"color": f"C{i}", "marker": "x" if i > 2 else "o", "capsize": 2}
-            points = [row for row in rows if row["model"] == name]
-            bars = [[x[y] - min(x[f"all {y}"]) for x in points]]
-            bars += [[max(x[f"all {y}"]) - x[y] for x in points]]
-            for panel, x in zip(axes, ("minutes", "TFLOP"), strict=True):
+LABELS = {"loss": "held-out loss, 15 % masked (nats)", "sst2": "SST-2, accuracy"}
+LABELS |= {"stsb": "STS-B, Spearman", "mrpc": "MRPC, mean of accuracy and F1"}
+LABELS |= {"cola": "CoLA, Matthews", "rte": "RTE, accuracy"}
+
+
+def draw(rows: list[dict], tasks: list[str], path: Path):
+    """Held-out loss and each task's score against minutes and FLOP: means over seeds, with bars
+    from the worst to the best. In grey, from worst to best, fine-tuning without pre-training."""
+    quantities = ["loss", *tasks]
+    figure = Figure(figsize=(4.2 * len(quantities), 7), layout="constrained")
+    grid = figure.subplots(2, len(quantities), sharex="row", sharey="col", squeeze=False)
+    for panels, x in zip(grid, ("minutes", "TFLOP"), strict=True):
+        for panel, y in zip(panels, quantities, strict=True):
+            for i, (name, title) in enumerate(TITLES.items()):
+                look = {"color": f"C{i}", "marker": "x" if i > 2 else "o", "capsize": 2}
+                points = [row for row in rows if row["model"] == name]
+                bars = [[p[y] - min(p[f"all {y}"]) for p in points]]
+                bars += [[max(p[f"all {y}"]) - p[y] for p in points]]
                 places, heights = ([p[key] for p in points] for key in (x, y))
                 panel.errorbar(places, heights, bars, label=title if points else None, **look)
-                panel.set(xscale="log", xlabel=f"{x} of pre-training")
-                panel.grid(alpha=0.3)
-    for panel in grid.flat:
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(NullFormatter())
-    for row in rows:
-        if row["model"] == "untrained":
-            for panel in grid[1]:
-                panel.axhline(row["GLUE"], color="grey", linestyle="--")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)
+            for row in rows:
+                if row["model"] == "untrained" and y != "loss":
+                    panel.axhspan(min(row[f"all {y}"]), max(row[f"all {y}"]), color="0.9")
+                    panel.axhline(row[y], color="grey", linestyle="--", label="fine-tuned only")
+            panel.set(xscale="log", xlabel=f"{x} of pre-training", ylabel=LABELS.get(y, y))
+            panel.grid(alpha=0.3)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*grid[0, -1].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.savefig(path, dpi=100)

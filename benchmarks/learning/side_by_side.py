@@ -3,8 +3,11 @@
 
 import json
 import os
+import queue
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,23 +20,48 @@ def at_a_time() -> int:
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def run(commands: dict[str, list]):
-    """Runs `python *words` for each, `at_a_time`.
-
-    On a CPU each is pinned to a core of its own, so that what disturbs one disturbs the others.
-    """
+def start(words: list, core: int) -> subprocess.Popen:
+    """`python *words`. On a CPU pinned to a core of its own, so that what disturbs one run disturbs
+    those beside it."""
     gpu = torch.cuda.is_available()
+    pin = None if gpu else (lambda: os.sched_setaffinity(0, {core}))
+    environment = os.environ | ({} if gpu else {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, *(str(word) for word in words)]
+    return subprocess.Popen(command, preexec_fn=pin, env=environment)
+
+
+def run(commands: dict[str, list]):
+    """Runs `python *words` for each, `at_a_time`."""
     cores = sorted(os.sched_getaffinity(0))
     waiting = list(commands)
     for i in range(0, len(waiting), at_a_time()):
-        running = []
-        for core, name in zip(cores, waiting[i : i + at_a_time()], strict=False):
-            words = [sys.executable, *(str(word) for word in commands[name])]
-            pin = None if gpu else (lambda core=core: os.sched_setaffinity(0, {core}))
-            environment = os.environ | ({} if gpu else {"OMP_NUM_THREADS": "1"})
-            running.append((name, subprocess.Popen(words, preexec_fn=pin, env=environment)))
+        group = zip(cores, waiting[i : i + at_a_time()], strict=False)
+        running = [(name, start(commands[name], core)) for core, name in group]
         if failed := [str(name) for name, process in running if process.wait()]:
             raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def each_on_a_core(work, items: list):
+    """`work(item, execute)` for each item, `at_a_time`; `execute(words)` runs `python *words` where
+    no other item's runs are."""
+    cores = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[: at_a_time()]:
+        cores.put(core)
+
+    def on_a_core(item):
+        core = cores.get()
+
+        def execute(words):
+            if start(words, core).wait():
+                raise RuntimeError(f"failed: {shlex.join(map(str, words))}")
+
+        try:
+            work(item, execute)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(at_a_time()) as pool:
+        list(pool.map(on_a_core, items))
 
 
 def words_of(flags: dict) -> list:
