@@ -141,6 +141,18 @@ def test_dense_logits_are_of_all_tokens_and_have_the_same_loss(build):
     assert_same(losses[1], losses[0])
 
 
+def test_a_z_loss_is_of_softmaxs_denominator_and_in_training_only(build):
+    labels = torch.where(IDS == 8, IDS, -100)
+    stock, model = build(), build("z_loss")
+    plain, logits = stock(IDS, labels=labels).loss, stock(IDS).logits[labels != -100]
+    assert model(IDS, labels=labels).loss == plain
+    # Its layers are not in training: no dropout.
+    model.training = model.cls.predictions.training = True
+    expected = plain + 1e-4 * (logits.double().exp().sum(-1).log() ** 2).mean()
+    assert_same(model(IDS, labels=labels).loss, expected.float())
+    assert model(IDS, labels=labels).loss > plain
+
+
 def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
     for name, length in (("short", 128), ("long", 512)):
         (tmp_path / name).mkdir()
@@ -197,6 +209,17 @@ def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, mon
     monkeypatch.setattr(pareto, "scores_of", lambda _: found[tried[-1]])
     assert pareto.best_rates(args, "mosaic", folder, tried.append) == {"a": 1e-3, "b": 1e-4}
     assert tried == [1e-4, 1e-3]
+
+
+def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):
+    plain = ("prepared_data", "prepared_long", "others", "tasks")
+    args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path, minutes=[5])
+    monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
+    monkeypatch.setattr(pareto, "recipe", lambda _, name, __: pareto.MODELS[name])
+    monkeypatch.setattr(pareto, "command", lambda *_, **flags: flags["mlm_probability"])
+    seen = []
+    pareto.pretrain(args, "masking_falls", 1, [5], 100, seen.append)
+    assert seen == [0.3, 0.15]
 
 
 @pytest.mark.parametrize("name, trunks", [("mosaic", 1), ("bert_old", 0)])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MosaicBERT with one of its components replaced by BERT's, to train and to fine-tune.
+"""MosaicBERT with one of its components replaced by BERT's, or one that it does not have, to train
+and to fine-tune.
 
     python benchmarks/learning/ablations.py no_glu train_mlm.py --output_dir runs/no-glu ...
     python benchmarks/learning/ablations.py no_glu finetune.py --model runs/no-glu ...
@@ -99,7 +100,23 @@ def dense_logits(layers) -> dict:
     return {"packed_before": packed_before}
 
 
-SWAPS = {f.__name__: f for f in (no_glu, learned_positions, padding_kept, dense_logits)}
+def z_loss(layers) -> dict:
+    """1e-4 of the squared logarithm of softmax's denominator (Chowdhery et al. 2022, section 5), in
+    training only. What this costs in time says nothing: logits are computed twice."""
+
+    class Head(layers.BertLMPredictionHead):
+        def summed_loss(self, hidden_states, labels):
+            loss = super().summed_loss(hidden_states, labels)
+            if not self.training:
+                return loss
+            log_sum = self.logits(hidden_states).float().logsumexp(-1)  # (labelled,)
+            return loss + 1e-4 * log_sum.square().sum()
+
+    return {"BertLMPredictionHead": Head}
+
+
+PARTS = (no_glu, learned_positions, padding_kept, dense_logits, z_loss)
+SWAPS = {f.__name__: f for f in PARTS}
 
 
 def model_module():

@@ -95,9 +95,14 @@ MODELS = {
     "padding_kept": {},
     "dense_logits": {},
     "masking_15": {"mlm_probability": 0.15},
+    "masking_falls": {"mlm_probability": 0.15},
+    "muon": {"optim": "muon"},
+    "z_loss": {},
     "untrained": {"learning_rate": 0.0},
 }
 ABLATIONS = list(MODELS)[3:-1]
+# What a trunk has otherwise than its branches.
+ON_TRUNK = {"masking_falls": {"mlm_probability": 0.3}}
 # Of these each budget is a run of its own.
 WITHOUT_TRUNK = ("bert_old", "untrained")
 # The best of a sweep at 4 x 256; ablations have MosaicBERT's unless told otherwise.
@@ -155,6 +160,7 @@ def settings(args, name: str, seed: int) -> dict:
     if name not in WITHOUT_TRUNK:
         # The warm-up is the shortest budget's.
         found["trunk"] = min(args.minutes)
+        found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
     if args.tasks:
         found |= {key: getattr(args, key) for key in ("tasks", "finetune", "finetune_rates")}
         found["finetune_seeds"] = args.finetune_seeds
@@ -217,20 +223,21 @@ def pretrain(args, name: str, seed: int, budgets: list[float], part: int, execut
     folders = {minutes: folder / f"{minutes:g}" for minutes in budgets}
     parts = {x: part * round(x / least) for x in budgets}  # steps of a PARTS-th
     branches = {x: (PARTS - DECAY) * steps for x, steps in parts.items()}
-    on_trunk, log = {"warmup_steps": max(1, PARTS * part // 5)}, part or 1
+    warm_up, log = {"warmup_steps": max(1, PARTS * part // 5)}, part or 1
     if name not in WITHOUT_TRUNK:
         steps, trunk = max(branches.values()), folder / "trunk"
         if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
-            execute(training(args, name, seed, trunk, steps, log, **flags | on_trunk))
+            flags |= warm_up | ON_TRUNK.get(name, {})
+            execute(training(args, name, seed, trunk, steps, log, **flags))
     for minutes, where in folders.items():
         if (where / "eval_results.json").exists():
             continue
         flags = {"overwrite": "true"}
         if name not in WITHOUT_TRUNK:
             decay = {"num_decay_steps": DECAY * parts[minutes], "decay_type": "1-sqrt"}
-            flags |= {"lr_scheduler_type": "warmup_stable_decay"} | on_trunk
+            flags |= {"lr_scheduler_type": "warmup_stable_decay"} | warm_up
             flags |= {"lr_scheduler_kwargs": json.dumps(decay)}
             flags |= {"resume_from_checkpoint": trunk / f"checkpoint-{branches[minutes]}"}
         steps = PARTS * parts[minutes] or 10

@@ -20,6 +20,9 @@ TITLES = {
     "padding_kept": "padding kept",
     "dense_logits": "logits of all tokens",
     "masking_15": "15 % masking",
+    "masking_falls": "30 %, then 15 % masking",
+    "muon": "Muon",
+    "z_loss": "z-loss",
 }
 # Between budgets that are more times apart nothing is interpolated.
 FAR = 2.2
