@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import GOLDENS, ROOT
 from training import write_vocab
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import convert_weights
 
@@ -103,30 +104,62 @@ def folder(tmp_path_factory):
     return folder
 
 
-def compare(folder, lines, monkeypatch):
+def compare(folder, lines, monkeypatch, *words):
     output = folder.parent / "output.jsonl"
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ["clients.py", str(folder), str(output), "--at-most", "1e-5"]
-    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.argv", ["clients.py", str(folder), str(output), *map(str, words)])
     clients.main()
 
 
+def parts_of(folder, auto_class=AutoModel, **kwargs):
+    """The model as clients.py calls it, and the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return clients.by_pytorch(folder, auto_class, **kwargs), tokenizer
+
+
+TEXTS = ["w5 w6 w7", "w8 w9"]
+
+
+def as_lines(embeddings):
+    return [{"text": x, "embedding": y} for x, y in zip(TEXTS, embeddings.tolist(), strict=True)]
+
+
 def test_embeddings_of_another_text_are_noticed(folder, monkeypatch):
-    texts = ["w5 w6 w7", "w8 w9"]
-    own = clients.embeddings(folder, texts)
-    assert torch.allclose(own.norm(dim=1), torch.ones(2))
-    lines = [{"text": text, "embedding": x.tolist()} for text, x in zip(texts, own, strict=True)]
+    run, tokenizer = parts_of(folder, add_pooling_layer=False)
+    together = clients.embeddings(run, tokenizer, TEXTS)
+    alone = torch.cat([clients.embeddings(run, tokenizer, [x]) for x in TEXTS])
+    torch.testing.assert_close(together, alone)
+    assert torch.allclose(together.norm(dim=1), torch.ones(2))
+    lines = as_lines(together)
     compare(folder, lines, monkeypatch)
     lines[1]["embedding"] = lines[0]["embedding"]
     with pytest.raises(SystemExit, match="is more than 1e-05"):
         compare(folder, lines, monkeypatch)
 
 
+def test_8_bits_are_compared_with_those_of_the_same_file(folder, tmp_path, monkeypatch):
+    own = clients.embeddings(*parts_of(folder, add_pooling_layer=False), TEXTS)
+    # Stands for the runtime that reads the file: rounded as if to few bits.
+    rounded = torch.nn.functional.normalize((own * 64).round() / 64, dim=1)
+    read = []
+
+    def by_onnx(path):
+        read.append(path)
+        return lambda rows: rounded[:, None].expand(-1, rows["input_ids"].shape[1], -1)
+
+    monkeypatch.setattr(clients, "by_onnx", by_onnx)
+    compare(folder, as_lines(rounded), monkeypatch, "--quantized", tmp_path)
+    assert read == [tmp_path / "embeddings"]
+    with pytest.raises(SystemExit, match="is more than 1e-05"):
+        compare(folder, as_lines(own), monkeypatch, "--quantized", tmp_path)
+
+
 def test_wrong_scores_nan_and_silence_are_noticed(folder, monkeypatch):
     text = "w5 [MASK] w7"
-    best, found = clients.scores(folder, text, ["w5", "w6"])
-    best, found = clients.scores(folder, text, best)
-    guesses = [{"token": x, "score": y} for x, y in zip(best, found.tolist(), strict=True)]
+    run, tokenizer = parts_of(folder, AutoModelForMaskedLM)
+    best = clients.scores(run, tokenizer, text).topk(2)
+    tokens = tokenizer.convert_ids_to_tokens(best.indices)
+    guesses = [{"token": x, "score": y} for x, y in zip(tokens, best.values.tolist(), strict=True)]
     assert guesses[0]["score"] >= guesses[1]["score"] > 0
     compare(folder, [{"text": text, "guesses": guesses}], monkeypatch)
     for wrong in (guesses[0]["score"] + 0.01, float("nan")):
