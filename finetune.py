@@ -6,6 +6,7 @@
         --output_dir runs/glue
     accelerate launch finetune.py --model FOLDER_OR_ID --train_file train.csv \
         --validation_file dev.csv --output_dir runs/mine
+    accelerate launch finetune.py RECIPE.yaml --model FOLDER_OR_ID   # of ours or mosaicml/examples
 
 Tasks, recipes and metrics are in mosaic_tools/glue_tasks.py, data in labelled_data.py, the model in
 classifiers.py, arguments and the plan of all runs in runs.py there. Every finished run leaves
@@ -43,7 +44,7 @@ from mosaic_tools.files import write_json
 from mosaic_tools.glue_tasks import GLUE, TASKS, Task, eval_results, metrics
 from mosaic_tools.labelled_data import LabelledDataArguments, Part, describe, encode, load_task
 from mosaic_tools.publishing import hub_id, publish
-from mosaic_tools.recipe import given_flags
+from mosaic_tools.recipe import read_arguments
 from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, reading_rows
 from mosaic_tools.runs import (
     RESULT,
@@ -56,11 +57,12 @@ from mosaic_tools.runs import (
     table,
 )
 
+GROUPS = (ClassifierArguments, LabelledDataArguments, FinetuneArguments)
+
 
 def parse(argv: list[str]) -> tuple[ClassifierArguments, LabelledDataArguments, dict]:
     """The model, the data, and of FinetuneArguments the values given: tasks fill in their own."""
-    groups = (ClassifierArguments, LabelledDataArguments, FinetuneArguments)
-    model, data, given = given_flags(groups, argv)
+    model, data, given = read_arguments(argv, GROUPS)
     return ClassifierArguments(**model), LabelledDataArguments(**data), given
 
 

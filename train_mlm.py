@@ -52,9 +52,8 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
         f"{data.mlm_probability:.0%} masked ({data.eval_mlm_probability:.0%} in evaluation)",
         "split": f"{args.world_size} process(es) x {args.train_batch_size} rows x "
         f"{args.gradient_accumulation_steps} micro-batches",
-        "optimizer": f"{args.optim.value}, learning rate {args.learning_rate:g} after a warm-up of "
-        f"{warmup}, then {args.lr_scheduler_type.value} to {args.lr_end:.0%}, weight decay "
-        f"{args.weight_decay:g}",
+        "optimizer": f"{args.optimizer()} after a warm-up of {warmup}, then "
+        f"{args.lr_scheduler_type.value} to {args.lr_end:.0%}, weight decay {args.weight_decay:g}",
         "computed in": f"{args.precision()} ({args.why_bf16}), attention "
         f"{attention_backend(trainer.model, args)}, on {args.device.type}"
         + (", compiled" if args.torch_compile else ""),

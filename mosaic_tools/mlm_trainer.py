@@ -19,7 +19,8 @@ from mosaic_tools.checkpoints import Checkpoints, newest_checkpoint
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
 from mosaic_tools.masking import MaskingCollator
-from mosaic_tools.recipe import DataArguments, ModelArguments
+from mosaic_tools.muon import MuonWithAdamW
+from mosaic_tools.recipe import MUON, DataArguments, ModelArguments
 from mosaic_tools.recipe_trainer import RecipeTrainer
 from mosaic_tools.shuffling import WINDOW, BlockShuffle, EndlessStream
 from mosaic_tools.tokenization import has_vocabulary_of, largest_id
@@ -132,11 +133,41 @@ class MlmTrainer(RecipeTrainer):
         # transformers' BERT takes num_items_in_batch and ignores it.
         self.model_accepts_loss_kwargs = is_ours(model.config)
 
+    def create_optimizer(self, *model):
+        if self.args.optim != MUON:
+            return super().create_optimizer(*model)
+        if self.optimizer is None:
+            adamw = {
+                "lr": self.args.learning_rate,
+                "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                "eps": self.args.adam_epsilon,
+                "weight_decay": self.args.weight_decay,
+                "fused": True,
+            }
+            self.optimizer = MuonWithAdamW(self.model, self.args.muon(), adamw)
+        return self.optimizer
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint:
+            self.check_optimizer(Path(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.check_loss()
         return result
+
+    def check_optimizer(self, checkpoint: Path):
+        """ValueError: it was trained with Muon and this run is not, or the other way round."""
+        file = checkpoint / "optimizer.pt"
+        if not file.is_file():
+            return
+        # Of the tensors it reads none.
+        groups = torch.load(str(file), "meta", weights_only=True, mmap=True)["param_groups"]
+        had, has = any("parts" in group for group in groups), self.args.optim == MUON
+        if had != has:
+            raise ValueError(
+                f"{checkpoint} was trained {'with' if had else 'without'} --optim muon, this run "
+                f"is {'with' if has else 'without'}: give the same"
+            )
 
     def get_train_dataloader(self):
         return self.stream_loader() if self.streams else super().get_train_dataloader()

@@ -11,6 +11,8 @@ import importlib.util
 import itertools
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from mosaic_tools.cards import about_weights
+from mosaic_tools.composer_recipe import is_composers, translate
 from mosaic_tools.devices import native_bf16
 from mosaic_tools.publishing import check_repo_id
 
@@ -353,10 +356,20 @@ class RecipeArguments(TrainingArguments):
         return int(self.warmup_steps) or round(self.share_of_warmup() * num_training_steps)
 
 
+MUON = "muon"
+
+
 @dataclass
 class PretrainingArguments(RecipeArguments):
-    """RecipeArguments with what train_mlm.py watches."""
+    """RecipeArguments with what train_mlm.py watches, and Muon."""
 
+    optim: str = option(
+        "adamw_torch_fused",
+        "one of transformers'; or muon: for the matrices of the layers, beside that AdamW",
+    )
+    muon_learning_rate: float | None = option(
+        None, "at its peak, of muon's matrices; None: learning_rate, whose steps are as large"
+    )
     divergence: float = option(
         2.0, "nats that the loss between two logs may be above the lowest so far; more stops"
     )
@@ -365,11 +378,52 @@ class PretrainingArguments(RecipeArguments):
     )
 
     def __post_init__(self):
-        check_range(self, "peak_tflops")
+        check_range(self, "peak_tflops", "muon_learning_rate")
         # Infinity lets every loss rise.
         if not self.divergence >= 0:
             raise ValueError(f"divergence must be at least 0, got {self.divergence}")
+        muon = self.optim == MUON
+        if muon:
+            self.check_muon()
+            self.optim = PretrainingArguments.optim
+        elif self.muon_learning_rate is not None:
+            raise ValueError("--muon_learning_rate needs --optim muon")
         super().__post_init__()
+        if muon:
+            # transformers knows no such name.
+            self.optim = MUON
+            if self.muon_learning_rate is None:
+                self.muon_learning_rate = self.learning_rate
+
+    def check_muon(self):
+        """ValueError: torch has no Muon, or it would see parts of matrices."""
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"--optim muon needs torch 2.9 or newer, this is {torch.__version__}: update it, "
+                "or leave out --optim"
+            )
+        for name in ("fsdp", "deepspeed"):
+            launched = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+            if launched or getattr(self, name):
+                raise ValueError(
+                    f"--optim muon needs whole matrices, which {name} cuts: leave out one of both"
+                )
+
+    def muon(self) -> dict:
+        """Settings of Muon. At the peak a step decays its weights as AdamW's."""
+        rate = self.muon_learning_rate
+        decay = self.weight_decay * (self.learning_rate or 1) / (rate or 1)
+        return {"lr": rate, "weight_decay": decay}
+
+    def optimizer(self) -> str:
+        """The optimizer and its peak learning rate, in words."""
+        if self.optim != MUON:
+            return f"{self.optim.value}, learning rate {self.learning_rate:g}"
+        muon = self.muon()
+        return (
+            f"muon, learning rate {muon['lr']:g}, weight decay {muon['weight_decay']:g}, beside "
+            f"{PretrainingArguments.optim}, learning rate {self.learning_rate:g}"
+        )
 
 
 def split_batch(rows: int, devices: int, max_rows: int) -> tuple[int, int]:
@@ -406,18 +460,60 @@ def try_split(rows: int, devices: int, max_rows: int) -> tuple[int, int] | None:
 PRETRAINING = (ModelArguments, TokenizerArguments, DataArguments, PretrainingArguments)
 
 
+@dataclass
+class PrintingArguments:
+    """What every command that takes a recipe can be told besides."""
+
+    _argument_group_name = "recipe"
+
+    print_recipe: bool = option(
+        False, "write what the recipe and the flags say as a YAML recipe, and do nothing else"
+    )
+
+
 def parse(argv: list[str], groups: tuple[type, ...] = PRETRAINING):
     """The groups of arguments, from `[recipe.yaml] [--flag value ...]`; flags come last and win."""
+    given = read_arguments(argv, groups)
+    return tuple(group(**values) for group, values in zip(groups, given, strict=True))
+
+
+def read_arguments(argv: list[str], groups: tuple[type, ...]) -> list[dict]:
+    """For each group of arguments the values that recipe and flags give, by its fields' names."""
+    with_printing = (*groups, PrintingArguments)
     if argv and argv[0].endswith((".yaml", ".yml")):
+        path, *flags = argv
         known = {
             name.removeprefix("--")
             for group in groups
             for field in fields(group)
             for name in (field.name, *field.metadata.get("aliases", ()))
         }
-        argv = recipe_flags(argv[0], known) + argv[1:]
-    given = given_flags(groups, argv)
-    return tuple(group(**values) for group, values in zip(groups, given, strict=True))
+        by_flags = {k: v for x in given_flags(with_printing, flags) for k, v in x.items()}
+        argv = recipe_flags(path, known, by_flags) + flags
+    *given, printing = given_flags(with_printing, argv)
+    if printing.get("print_recipe"):
+        say(as_recipe(given, groups), sys.stdout)
+        raise SystemExit
+    return given
+
+
+def say(text: str, stream):
+    """What every process of a run has to say is said once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="", file=stream)
+
+
+def as_recipe(given: list[dict], groups: tuple[type, ...]) -> str:
+    """A YAML recipe of what differs from the defaults, and of what has no default of its own."""
+    values = {}
+    for of_group, group in zip(given, groups, strict=True):
+        stated = getattr(group, "DEFAULT_DEPENDS", ())
+        for field in fields(group):
+            value = of_group.get(field.name, field.default)
+            if value != field.default or field.name in of_group and field.name in stated:
+                is_whole = isinstance(value, float) and value.is_integer() and value
+                values[field.name] = int(value) if is_whole else value
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
 
 
 def given_flags(groups: tuple[type, ...], argv: list[str]) -> list[dict]:
@@ -467,10 +563,20 @@ def read_recipe(path: str) -> dict:
     return found or {}
 
 
-def recipe_flags(path: str, known: set[str]) -> list[str]:
-    """A YAML recipe as command-line flags, so that the same rules read both."""
-    flags = []
-    for key, value in read_recipe(path).items():
+def recipe_flags(path: str, known: set[str], given: dict) -> list[str]:
+    """A YAML recipe, of ours or of mosaicml/examples, as command-line flags, so that the same rules
+    read both.
+
+    Args:
+        known: names of flags.
+        given: values of flags that come after it.
+    """
+    recipe, flags = read_recipe(path), []
+    if is_composers(recipe):
+        translation = translate(path, recipe, known, given)
+        recipe = translation.values
+        say("".join(f"{line}\n" for line in translation.lines(path)), sys.stderr)
+    for key, value in recipe.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known) or ["--help, which lists them all"]
             raise ValueError(f"{path}: unknown key {key!r}; see {' or '.join(near)}")

@@ -32,6 +32,11 @@ class FinetuneArguments(RecipeArguments):
     save_strategy: str = "no"
 
     CAN_RESUME = False
+    # Not given, a task has its own.
+    DEFAULT_DEPENDS = (
+        *("learning_rate", "num_train_epochs", "global_batch_size", "decoupled_weight_decay"),
+        "bf16",
+    )
 
     def __post_init__(self):
         super().__post_init__()
