@@ -4,18 +4,20 @@ seeds bear out."""
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run_python
-from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags, write_vocab
+from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags, run, write_vocab
 from transformers import BertTokenizerFast
 
-from benchmarks.learning import ablations, acceptability, pareto, pareto_results
+from benchmarks.learning import ablations, acceptability, pareto, pareto_results, side_by_side
 from mosaic_bert import bert_layers
 from mosaic_bert.configuration_bert import MosaicBertConfig
+from mosaic_tools.checkpoints import mark_complete
 
 # A row of 9 tokens, one of 5 with padding.
 IDS = torch.tensor([[2, 9, 8, 7, 6, 5, 12, 11, 3], [2, 13, 14, 15, 3, 0, 0, 0, 0]])
@@ -187,6 +189,11 @@ def test_scores_are_compared_over_all_seeds_and_the_floors(monkeypatch):
     assert row["sst2, spread"] == "80.0% to 90.0%"
     # 0.27 above, of seeds up to 0.2 apart.
     assert row["sst2, above the floor"] == "better" and row["sst2, equal minutes"] is None
+    # Of three seeds of pre-training it is the means that count, which are closer together.
+    wide = [run("mosaic", 1, i, 0.45 + x, 0.95 + x) for i, x in enumerate((0, 0.01, 0.02))]
+    floors = [run("untrained", 0, i, 0.4 + x, 0.8 + x) for i, x in enumerate((0, 0.01, 0.02))]
+    assert pareto_results.summary(wide, ours, floors)["sst2, above the floor"] == "better"
+    assert pareto_results.summary(wide[:2], ours, floors)["sst2, above the floor"] == "same"
     theirs = [run("bert", 2, 1, 0.7, 0.9, 0.8)]
     row = pareto_results.summary(theirs, ours, floor)
     assert row["sst2, above the floor"] == "same"
@@ -203,6 +210,7 @@ def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, mon
     assert len(parts["dev"]) == 500 and sorted(parts["train"] + parts["dev"]) == sorted(rows)
 
     args = SimpleNamespace(tasks=["a", "b"], finetune_rates=[1e-4, 1e-3], to_choose_by=folder)
+    args.finetune, args.finetune_seeds, args.cola = "", [1], None
     monkeypatch.setattr(pareto, "finetuning", lambda *words, **flags: flags["learning_rate"])
     found = {1e-4: {"a": [0.5], "b": [0.7]}, 1e-3: {"a": [0.6], "b": [0.1]}}
     tried = []
@@ -218,7 +226,7 @@ def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):
     monkeypatch.setattr(pareto, "recipe", lambda _, name, __: pareto.MODELS[name])
     monkeypatch.setattr(pareto, "command", lambda *_, **flags: flags["mlm_probability"])
     seen = []
-    pareto.pretrain(args, "masking_falls", 1, [5], 100, seen.append)
+    pareto.pretrain(args, "masking_falls", 1, 100, seen.append)
     assert seen == [0.3, 0.15]
 
 
@@ -226,19 +234,19 @@ def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):
 def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, name, trunks):
     plain = ("prepared_data", "prepared_long", "others", "tasks")
     args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path)
-    args.minutes = [5, 10, 20]
+    args.minutes = [5, 20]
     monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
     monkeypatch.setattr(
         pareto, "training", lambda _, __, ___, folder, steps, log, **x: (folder.name, steps, log, x)
     )
     seen = []
-    folders = pareto.pretrain(args, name, 1, [5, 20], 100, seen.append)
-    assert [folders[x].name for x in (5, 20)] == ["5", "20"]
+    folders = pareto.pretrain(args, name, 1, 100, seen.append)
+    assert {x: folder.name for x, folder in folders.items()} == {5: "5", 20: "20"}
     assert [x[:2] for x in seen[trunks:]] == [("5", 2_000), ("20", 8_000)]
     if not trunks:
         assert not any("lr_scheduler_type" in run for *_, run in seen)
         return
-    # 17 of 20 parts, of which the shortest budget's warm-up is 4.
+    # 17 of 20 parts, and the warm-up is 4 of the shortest budget's.
     assert seen[0][:3] == ("trunk", 6_800, 100)
     assert seen[0][3]["save_steps"] == 1_700 and seen[0][3]["warmup_steps"] == 400
     for (*_, log, branch), (begins, decay) in zip(
@@ -248,6 +256,84 @@ def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, nam
         assert branch["resume_from_checkpoint"] == tmp_path / "trunk" / f"checkpoint-{begins}"
         found = json.loads(branch["lr_scheduler_kwargs"])
         assert found == {"num_decay_steps": decay, "decay_type": "1-sqrt"}
+
+
+def test_an_interrupted_curve_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
+    plain = ("prepared_data", "prepared_long", "others", "tasks")
+    args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path)
+    args.minutes = [5, 10]
+    monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
+    monkeypatch.setattr(pareto, "training", lambda _, __, ___, folder, *____, **_____: folder)
+    (tmp_path / "trunk" / "checkpoint-3400").mkdir(parents=True)
+    mark_complete(tmp_path / "trunk" / "checkpoint-3400")
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10" / "eval_results.json").touch()
+    seen = []
+    pareto.pretrain(args, "mosaic", 1, 100, seen.append)
+    assert seen == [tmp_path / "5"]
+
+
+def test_what_is_trained_does_not_depend_on_how_it_is_evaluated(tmp_path):
+    (tmp_path / "prepared.json").write_text(json.dumps({"max_seq_length": 128}))
+    args = SimpleNamespace(
+        **{"prepared_data": tmp_path, "prepared_long": tmp_path, "others": [], "rates": {}},
+        **{"hidden_size": 64, "layers": 1, "bert_mlp": 6, "rows": 8, "minutes": [5, 10]},
+        **{"tasks": ["sst2"], "finetune": "", "finetune_rates": [1e-4], "finetune_seeds": [1]},
+        **{"cola": None, "output_dir": tmp_path},
+    )
+    args.rates = pareto.RATES
+    before = pareto.folder_of(args, "mosaic", 1), pareto.settings(args, "mosaic", 1)
+    args.tasks, args.cola = ["sst2", "stsb"], Path("dev.jsonl")
+    after = pareto.folder_of(args, "mosaic", 1), pareto.settings(args, "mosaic", 1)
+    assert before[0] == after[0] and before[1] != after[1]
+    args.minutes = [5, 10, 20]
+    assert pareto.folder_of(args, "mosaic", 1) != before[0]
+
+
+def test_budgets_that_are_no_multiples_are_refused(monkeypatch, capsys):
+    words = "--prepared_data x --tasks --minutes 7.5 5 10 --models mosaic"
+    monkeypatch.setattr("sys.argv", ["pareto.py", *words.split()])
+    with pytest.raises(SystemExit):
+        pareto.main()
+    assert "--minutes: 7.5 is no multiple of the shortest, 5" in capsys.readouterr().err
+
+
+SLEEPS = """
+import time
+from mosaic_tools import callbacks
+
+clock = callbacks.time.perf_counter
+began = clock()
+time.sleep(0.3)
+slept = clock() - began
+while clock() - began < 0.05:
+    pass
+print("SLEPT" if slept < 0.05 else "COUNTED", time.perf_counter is not clock)
+"""
+
+
+def test_the_clock_counts_what_the_process_computes(tmp_path):
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    script = ROOT / "benchmarks" / "learning" / "cpu_clock.py"
+    assert "SLEPT True" in run(tmp_path, script, tmp_path / "sleeps.py")
+
+
+def test_each_item_has_a_core_of_its_own(tmp_path, monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    writes = "import os, sys; print(os.sched_getaffinity(0), file=open(sys.argv[1], 'w'))"
+
+    def work(name, execute):
+        execute(["-c", writes, tmp_path / f"{name}-1"])
+        execute(["-c", writes, tmp_path / f"{name}-2"])
+
+    side_by_side.each_on_a_core(work, ["a", "b", "c"])
+    found = {x.name: x.read_text().strip() for x in tmp_path.iterdir()}
+    assert all(found[f"{name}-1"] == found[f"{name}-2"] for name in "abc") and len(found) == 6
+    assert set(found.values()) <= {str({core}) for core in cores}
+    with pytest.raises(SystemExit, match="failed: a"):
+        side_by_side.run({"a": ["-c", "raise SystemExit(1)"]})
 
 
 @torch.inference_mode()

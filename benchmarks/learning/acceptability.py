@@ -7,7 +7,7 @@ chance that an acceptable sentence scores above another: 0.5 says nothing.
 
     python benchmarks/learning/acceptability.py MODEL glue/cola/dev.jsonl
 
-The last line is JSON: the area, with the number of sentences.
+The last line is JSON, and goes to --output too: the area, with the number of sentences.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("sentences", type=Path, help="a JSON object a line: sentence, label")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -64,7 +65,10 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     scores = score(model, tokenizer, [row["sentence"] for row in rows])
     area = roc_auc_score([row["label"] for row in rows], scores)
-    print(json.dumps({"auc": area, "sentences": len(rows)}))
+    found = json.dumps({"auc": area, "sentences": len(rows)})
+    if args.output:
+        args.output.write_text(found)
+    print(found)
 
 
 if __name__ == "__main__":

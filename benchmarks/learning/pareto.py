@@ -19,9 +19,10 @@ masked tokens.
         --prepared_data runs/passages-128 --prepared_long runs/passages-512
 
 - Passages, since articles cut at 128 tokens would have no padding: 8 % of their places are.
-- All budgets of a model and seed are on one trunk, which keeps its rate after the warm-up. The last
-  15 % of a budget are a branch off it in which the rate decays to 0, as 1 - sqrt (Haegele et al.
-  2024). `bert_old` and `untrained` have a run for each budget, with a linear decay.
+- All budgets of a model and seed are on one trunk, which keeps its rate after a warm-up, a fifth of
+  the shortest budget. The last 15 % of each are a branch off it in which the rate decays to 0, as
+  1 - sqrt (Haegele et al. 2024). `bert_old` has a run for each budget, with a linear decay. Longer
+  budgets are multiples of the shortest. Other budgets are another curve, and trained anew.
 - A trial says how many steps fit a budget, every seed takes as many, and what they took is
   measured, on a CPU in the process's own CPU time (cpu_clock.py). Start and evaluation do not
   count. FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
@@ -34,8 +35,8 @@ masked tokens.
   A difference is claimed if it is larger than either's seeds have among themselves
   (largest - smallest), also at the least and the most that the model's seeds took: so are 5 % of
   equals, with 3 seeds and normal noise.
-- `untrained`, 10 steps at rate 0, is what fine-tuning alone gives. A score is above it beyond the
-  spread by the same rule, over all seeds of pre-training and fine-tuning.
+- `untrained`, 10 steps at rate 0, is what fine-tuning alone gives. A score is above it by the same
+  rule; with fewer than 3 seeds of pre-training, by the spread over those of fine-tuning only.
 - With --cola, acceptability.py's area under the ROC curve too, for which nothing is fine-tuned.
 - The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
   fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
@@ -48,23 +49,22 @@ Without names after --tasks nothing is fine-tuned, as to find the best rate:
     python benchmarks/learning/pareto.py ... --tasks --minutes 5 --seeds 1 --models mosaic bert \
         --rates mosaic=1e-3 bert=5e-4
 
-BERT-Base's sizes on a GPU, 10 minutes each and some for GLUE, on the first 17,000 articles (head
+BERT-Base's sizes on a GPU, 11 minutes each and some for GLUE, on the first 17,000 articles (head
 before fold) and 30,522 entries, so that both folders take less than 40 MB:
 
-    python benchmarks/learning/pareto.py --glue glue --models mosaic bert bert_old --minutes 10 \
+    python benchmarks/learning/pareto.py --glue glue --models mosaic bert --minutes 5 10 \
         --seeds 1 --prepared_data runs/passages-128 --prepared_long runs/passages-512 \
         --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' --finetune_rates 5e-5 \
-        --rates mosaic=5e-4 bert=5e-4 bert_old=1e-4
+        --rates mosaic=5e-4 bert=5e-4
 
-Adds a record for each run and budget to pareto.jsonl, draws pareto.png and prints a table. The last
-line is JSON: how each model differs from MosaicBERT at the longest budget.
+Adds a record for each run and budget to pareto.jsonl, draws pareto.png if there are tasks, and
+prints a table. The last line is JSON: how each model differs from MosaicBERT at the longest budget.
 """
 
 import argparse
 import hashlib
 import json
 import shlex
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -109,7 +109,7 @@ WITHOUT_TRUNK = ("bert_old", "untrained")
 RATES = {"mosaic": 2e-3, "bert": 1e-3, "bert_old": 1e-3}
 # Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.
 TRIAL, PARTS, DECAY = 60, 20, 3
-# Rows of a task's training data that a rate is chosen by.
+# Rows of a task's training data that a rate is chosen by, at most a half.
 HELD_OUT = 500
 
 
@@ -153,25 +153,39 @@ def recipe(args, name: str, seed: int) -> dict:
     } | flags
 
 
-def settings(args, name: str, seed: int) -> dict:
-    """What a record depends on besides its key: model, minutes and seed."""
+def of_training(args, name: str, seed: int) -> dict:
+    """What pre-training depends on besides the budget."""
     data = args.prepared_long if name == "bert_old" else args.prepared_data
     found = recipe(args, name, seed) | {"data": data.name, "others": args.others}
-    if name not in WITHOUT_TRUNK:
-        # The warm-up is the shortest budget's.
-        found["trunk"] = min(args.minutes)
-        found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
-    if args.tasks:
-        found |= {key: getattr(args, key) for key in ("tasks", "finetune", "finetune_rates")}
-        found["finetune_seeds"] = args.finetune_seeds
-    return found
+    found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
+    return found if name == "untrained" else found | {"minutes": args.minutes}
+
+
+def of_evaluation(args) -> dict:
+    """What the scores depend on besides."""
+    keys = ("tasks", "finetune", "finetune_rates", "finetune_seeds") if args.tasks else ()
+    return {key: getattr(args, key) for key in keys} | {"cola": bool(args.cola)}
+
+
+def settings(args, name: str, seed: int) -> dict:
+    """What a record depends on besides its key: model, minutes and seed."""
+    return of_training(args, name, seed) | of_evaluation(args)
+
+
+def digest(found: dict) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def folder_of(args, name: str, seed: int) -> Path:
     """Where a run is, of just these settings."""
-    words = json.dumps(settings(args, name, seed), sort_keys=True)
-    digest = hashlib.sha256(words.encode()).hexdigest()[:8]
-    return args.output_dir / f"{name}-{seed}-{digest}"
+    return args.output_dir / f"{name}-{seed}-{digest(of_training(args, name, seed))}"
+
+
+def budgets_of(args, name: str) -> list[float]:
+    """Minutes of a model's budgets, the longest last."""
+    if name == "untrained":
+        return [0]
+    return args.minutes[-1:] if name in ABLATIONS else args.minutes
 
 
 # ---- pre-training ----
@@ -204,33 +218,39 @@ def training(args, name: str, seed: int, folder: Path, steps: int, log: int, **f
 def part_of_the_shortest(args, name: str, done: dict, execute) -> int:
     """Steps of a PARTS-th of the shortest budget: as in records, or by the second half of a trial.
     Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
-    least = min(args.minutes)
+    if name == "untrained":
+        return 0
     for (of, minutes, _), found in done.items():
-        if of == name and minutes:
-            return found["step"] // PARTS // round(minutes / least)
+        if of == name:
+            return found["step"] // PARTS // times(args, minutes)
     folder = folder_of(args, name, 0)
     if not (folder / "eval_results.json").exists():
         execute(training(args, name, 0, folder, TRIAL, TRIAL // 10, overwrite="true"))
     logs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     rows_per_second = median([x["samples_per_second"] for x in logs if "loss" in x][5:])
     steps_per_second = rows_per_second / recipe(args, name, 0)["global_batch_size"]
-    return max(1, round(60 * least * steps_per_second / PARTS))
+    return max(1, round(60 * args.minutes[0] * steps_per_second / PARTS))
 
 
-def pretrain(args, name: str, seed: int, budgets: list[float], part: int, execute) -> dict:
+def times(args, minutes: float) -> int:
+    """How many times as long as the shortest budget."""
+    return round(minutes / args.minutes[0])
+
+
+def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path]:
     """A folder with the trained model for each budget."""
-    folder, least = folder_of(args, name, seed), min(args.minutes)
-    folders = {minutes: folder / f"{minutes:g}" for minutes in budgets}
-    parts = {x: part * round(x / least) for x in budgets}  # steps of a PARTS-th
+    folder = folder_of(args, name, seed)
+    folders = {minutes: folder / f"{minutes:g}" for minutes in budgets_of(args, name)}
+    parts = {x: part * times(args, x) for x in folders}  # steps of a PARTS-th
     branches = {x: (PARTS - DECAY) * steps for x, steps in parts.items()}
-    warm_up, log = {"warmup_steps": max(1, PARTS * part // 5)}, part or 1
+    trunk, warm_up = folder / "trunk", {"warmup_steps": max(1, PARTS * part // 5)}
     if name not in WITHOUT_TRUNK:
-        steps, trunk = max(branches.values()), folder / "trunk"
+        steps = max(branches.values())
         if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
             flags |= warm_up | ON_TRUNK.get(name, {})
-            execute(training(args, name, seed, trunk, steps, log, **flags))
+            execute(training(args, name, seed, trunk, steps, part, **flags))
     for minutes, where in folders.items():
         if (where / "eval_results.json").exists():
             continue
@@ -241,7 +261,7 @@ def pretrain(args, name: str, seed: int, budgets: list[float], part: int, execut
             flags |= {"lr_scheduler_kwargs": json.dumps(decay)}
             flags |= {"resume_from_checkpoint": trunk / f"checkpoint-{branches[minutes]}"}
         steps = PARTS * parts[minutes] or 10
-        execute(training(args, name, seed, where, steps, log, **flags))
+        execute(training(args, name, seed, where, steps, part or 1, **flags))
     return folders
 
 
@@ -269,8 +289,8 @@ def to_choose_by(args) -> Path:
     folder = args.output_dir / "to-choose-by"
     for task in args.tasks:
         rows = (Path(args.glue) / task / "train.jsonl").read_text().splitlines()
-        every = max(2, len(rows) // HELD_OUT)
-        held = {i for i in range(0, len(rows), every)}
+        count = min(HELD_OUT, len(rows) // 2)
+        held = {i * len(rows) // count for i in range(count)}
         parts = {"dev": held, "train": set(range(len(rows))) - held}
         (folder / task).mkdir(parents=True, exist_ok=True)
         for part, chosen in parts.items():
@@ -286,7 +306,7 @@ def best_rates(args, name: str, model: Path, execute) -> dict[str, float]:
         return dict.fromkeys(args.tasks, rates[0])
     found = {}
     for rate in rates:
-        folder = model / f"rate-{rate:g}"
+        folder = model / digest(of_evaluation(args)) / f"{rate:g}"
         flags = {"data_dir": args.to_choose_by, "learning_rate": rate, "seeds": 0}
         execute(finetuning(args, name, model, folder, args.tasks, **flags))
         found[rate] = scores_of(folder)
@@ -297,20 +317,20 @@ def finetune(args, name: str, model: Path, rates: dict[str, float], execute) -> 
     """For each task the scores of --finetune_seeds."""
     scores = {}
     for task, rate in rates.items():
-        folder = model / task
+        folder = model / digest(of_evaluation(args)) / task
         command = finetuning(args, name, model, folder, [task], learning_rate=rate)
         execute([*command, "--seeds", *args.finetune_seeds])
         scores |= scores_of(folder)
     return scores
 
 
-def acceptability(args, name: str, model: Path) -> dict:
+def acceptability(args, name: str, model: Path, execute) -> dict:
     """acceptability.py's answer; none of what transformers cannot load."""
     if not args.cola or name in SWAPS:
         return {}
-    words = [sys.executable, HERE / "acceptability.py", model, args.cola]
-    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return {"cola_auc": json.loads(said.splitlines()[-1])["auc"]}
+    file = model / "cola.json"
+    execute([HERE / "acceptability.py", model, args.cola, "--output", file])
+    return {"cola_auc": json.loads(file.read_text())["auc"]}
 
 
 # ---- all ----
@@ -335,35 +355,35 @@ def finished(args) -> dict[tuple, dict]:
 def run_all(args):
     """Adds to the records what they lack of the plan."""
     done, where, one_writes = finished(args), environment(), threading.Lock()
-    missing = {}
-    for name, minutes, seed in args.plan:
-        if (name, minutes, seed) not in done:
-            missing.setdefault((name, seed), []).append(minutes)
-    if any(name == "bert_old" for name, _ in missing):
+    missing = [key for key in args.plan if key not in done]
+    runs = list(dict.fromkeys((name, seed) for name, _, seed in missing))
+    if any(name == "bert_old" for name, _ in runs):
         # Before two runs would write it at once.
         long_rows(args)
     args.to_choose_by = to_choose_by(args) if len(args.finetune_rates) > 1 else None
-    names, parts = list(dict.fromkeys(name for name, _ in missing)), {"untrained": 0}
+    names, parts = list(dict.fromkeys(name for name, _ in runs)), {}
 
     def try_out(name, execute):
-        if name not in parts:
-            parts[name] = part_of_the_shortest(args, name, done, execute)
+        parts[name] = part_of_the_shortest(args, name, done, execute)
 
-    def produce(key, execute):
-        (name, seed), budgets = key, missing[key]
-        folders = pretrain(args, name, seed, budgets, parts[name], execute)
-        rates = best_rates(args, name, folders[max(budgets)], execute) if args.tasks else {}
+    def produce(run, execute):
+        name, seed = run
+        folders = pretrain(args, name, seed, parts[name], execute)
+        *_, longest = folders.values()
+        rates = best_rates(args, name, longest, execute) if args.tasks else {}
         for minutes, folder in folders.items():
+            if (name, minutes, seed) not in missing:
+                continue
             record = {"model": name, "minutes": minutes, "seed": seed}
             record |= curve(folder, recipe(args, name, seed)["global_batch_size"])[-1]
             record |= {"scores": finetune(args, name, folder, rates, execute)}
-            record |= {"finetune_rates": rates} | acceptability(args, name, folder)
+            record |= {"finetune_rates": rates} | acceptability(args, name, folder, execute)
             record |= {"settings": settings(args, name, seed)} | where
             with one_writes, open(args.results / "pareto.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     each_on_a_core(try_out, names)
-    each_on_a_core(produce, list(missing))
+    each_on_a_core(produce, runs)
 
 
 def main():
@@ -396,14 +416,18 @@ def main():
         parser.error("bert_old needs --prepared_long; or leave it out of --models")
     if args.tasks and not args.glue:
         parser.error("--tasks need --glue, or give --tasks without a name")
+    args.minutes = sorted(args.minutes)
+    least = args.minutes[0]
+    if odd := [x for x in args.minutes if abs(x / least - round(x / least)) > 1e-6]:
+        parser.error(f"--minutes: {odd[0]:g} is no multiple of the shortest, {least:g}")
     # Fills transformers' cache of code, which runs side by side would race for.
     model_module()
 
-    longest = max(args.minutes)
-    budgets = dict.fromkeys(MODELS, args.minutes) | dict.fromkeys(ABLATIONS, [longest])
-    budgets["untrained"] = [0]
     args.plan = [
-        (name, x, seed) for seed in args.seeds for name in args.models for x in budgets[name]
+        (name, x, seed)
+        for seed in args.seeds
+        for name in args.models
+        for x in budgets_of(args, name)
     ]
     run_all(args)
     records, found = finished(args), {}
@@ -412,14 +436,16 @@ def main():
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
     rows = [summary(runs, ours, floor) for runs in found.values()]
-    draw(rows, args.tasks, args.results / "pareto.png")
+    if args.tasks:
+        draw(rows, args.tasks, args.results / "pareto.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
     formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}
     for task in args.tasks:
         formats |= {task: ".1%", f"{task}, spread": "", f"{task}, equal minutes": ""}
         formats |= {f"{task}, above the floor": ""}
     print_table(rows, formats | {"cola_auc": ".3f"})
-    last = [row for row in rows if row["budget"] == longest and row["model"] != "mosaic"]
+    longest = [row for row in rows if row["budget"] == args.minutes[-1]]
+    last = [row for row in longest if row["model"] != "mosaic"]
     print(json.dumps({x["model"]: {y: x[y] for y in formats if "equal" in y} for x in last}))
 
 

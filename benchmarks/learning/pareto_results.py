@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.interpolate import interp1d
@@ -79,7 +80,7 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
     others = ours if row["model"] != "mosaic" else []
     losses = [x["eval_loss"] for x in runs]
     row |= {"loss": mean(losses), "all loss": losses}
-    if "cola_auc" in runs[0]:
+    if all("cola_auc" in x for x in runs):
         row["cola_auc"] = mean(x["cola_auc"] for x in runs)
     for name, (key, _) in AXES.items():
         row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
@@ -87,9 +88,13 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
         values, least = ([y for x in of for y in x["scores"][task]] for of in (runs, floor))
         row |= {task: mean(values), f"all {task}": values}
         row[f"{task}, spread"] = f"{min(values):.1%} to {max(values):.1%}"
+        theirs, alone, mosaic = (
+            [x | {task: mean(x["scores"][task])} for x in of] for of in (runs, floor, others)
+        )
+        if len(runs) >= 3:
+            values, least = ([x[task] for x in of] for of in (theirs, alone))
         row[f"{task}, above the floor"] = claim(values, least)
-        means = lambda of, task=task: [x | {task: mean(x["scores"][task])} for x in of]  # noqa: E731
-        row[f"{task}, equal minutes"] = compared(means(runs), means(others), "seconds", task)
+        row[f"{task}, equal minutes"] = compared(theirs, mosaic, "seconds", task)
     return row
 
 
@@ -107,7 +112,11 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
     for panels, x in zip(grid, ("minutes", "TFLOP"), strict=True):
         for panel, y in zip(panels, quantities, strict=True):
             for i, (name, title) in enumerate(TITLES.items()):
-                look = {"color": f"C{i}", "marker": "x" if i > 2 else "o", "capsize": 2}
+                look = {
+                    "color": colormaps["tab20"](i),
+                    "marker": "x" if i > 2 else "o",
+                    "capsize": 2,
+                }
                 points = [row for row in rows if row["model"] == name]
                 bars = [[p[y] - min(p[f"all {y}"]) for p in points]]
                 bars += [[max(p[f"all {y}"]) - p[y] for p in points]]

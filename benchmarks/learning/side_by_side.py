@@ -20,40 +20,27 @@ def at_a_time() -> int:
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-def start(words: list, core: int) -> subprocess.Popen:
-    """`python *words`. On a CPU pinned to a core of its own, so that what disturbs one run disturbs
-    those beside it."""
-    gpu = torch.cuda.is_available()
-    pin = None if gpu else (lambda: os.sched_setaffinity(0, {core}))
-    environment = os.environ | ({} if gpu else {"OMP_NUM_THREADS": "1"})
-    command = [sys.executable, *(str(word) for word in words)]
-    return subprocess.Popen(command, preexec_fn=pin, env=environment)
-
-
-def run(commands: dict[str, list]):
-    """Runs `python *words` for each, `at_a_time`."""
-    cores = sorted(os.sched_getaffinity(0))
-    waiting = list(commands)
-    for i in range(0, len(waiting), at_a_time()):
-        group = zip(cores, waiting[i : i + at_a_time()], strict=False)
-        running = [(name, start(commands[name], core)) for core, name in group]
-        if failed := [str(name) for name, process in running if process.wait()]:
-            raise SystemExit(f"failed: {', '.join(failed)}")
-
-
 def each_on_a_core(work, items: list):
-    """`work(item, execute)` for each item, `at_a_time`; `execute(words)` runs `python *words` where
-    no other item's runs are."""
-    cores = queue.SimpleQueue()
+    """`work(item, execute)` for each item, `at_a_time`. `execute(words)` runs `python *words`, on a
+    CPU pinned to a core that no other item has then, so that what disturbs one run disturbs those
+    beside it.
+
+    Raises:
+        SystemExit: a command failed; the others of that moment are finished.
+    """
+    gpu, cores = torch.cuda.is_available(), queue.SimpleQueue()
+    environment = os.environ | ({} if gpu else {"OMP_NUM_THREADS": "1"})
     for core in sorted(os.sched_getaffinity(0))[: at_a_time()]:
         cores.put(core)
 
     def on_a_core(item):
         core = cores.get()
+        pin = None if gpu else (lambda: os.sched_setaffinity(0, {core}))
 
         def execute(words):
-            if start(words, core).wait():
-                raise RuntimeError(f"failed: {shlex.join(map(str, words))}")
+            command = [sys.executable, *map(str, words)]
+            if subprocess.run(command, preexec_fn=pin, env=environment).returncode:
+                raise SystemExit(f"failed: {item}: {shlex.join(command)}")
 
         try:
             work(item, execute)
@@ -62,6 +49,11 @@ def each_on_a_core(work, items: list):
 
     with ThreadPoolExecutor(at_a_time()) as pool:
         list(pool.map(on_a_core, items))
+
+
+def run(commands: dict[str, list]):
+    """Runs `python *words` for each."""
+    each_on_a_core(lambda name, execute: execute(commands[name]), list(commands))
 
 
 def words_of(flags: dict) -> list:
