@@ -13,6 +13,7 @@ from mosaic_tools.composer_rules import (
     agreed,
     algorithms,
     base_of_sizes,
+    begins_anew,
     betas,
     data,
     duration,
@@ -142,7 +143,9 @@ PRETRAINING = {
     "model.name": new_model,
     "model.use_pretrained": pretrained,
     "model.pretrained_model_name": base_of_sizes,
-    **dict.fromkeys(CHECKPOINTS, of_checkpoint("model_name_or_path")),
+    "load_path": (of_checkpoint("model_name_or_path"), begins_anew),
+    "load_weights_only": begins_anew,
+    "model.pretrained_checkpoint": of_checkpoint("model_name_or_path"),
     **{f"model.model_config.{name}": size(name) for name in SIZES},
     "model.model_config.max_position_embeddings": positions,
     "model.model_config.alibi_starting_size": "alibi_starting_size",
@@ -191,6 +194,13 @@ GLUE = {
     # Read with the tasks.
     "default_seed": lambda value, file: {},
 }
+# Last parts of keys that the scripts read as if they were left out, where they are null.
+MAY_BE_NULL = (
+    *("load_path", "starting_checkpoint_load_path", "pretrained_checkpoint", "use_pretrained"),
+    *("pretrained_model_name", "gradient_checkpointing", "local", "remote", "split", "streams"),
+    *("shuffle", "samples_per_epoch", "eos_token_id", "bos_token_id", "group_method", "device"),
+    *("run_name", "base_run_name", "save_folder", "algorithms", "loggers"),
+)
 
 
 @dataclass
@@ -223,13 +233,14 @@ def without_algorithms(file: File) -> dict:
 def silent_pretraining(file: File) -> dict:
     """Without a folder no checkpoint is saved; attention dropout is bert-base-uncased's."""
     values = {"attention_probs_dropout_prob": 0.1} | without_algorithms(file)
-    if "save_folder" not in file.keys:
+    if "train_loader.dataset.shuffle" not in file.keys:
+        file.remark("no train_loader.dataset.shuffle: rows are shuffled; there they were not")
+    if "save_folder" not in file.keys and not file.has_flag("save_strategy", "save_steps"):
         values["save_strategy"] = "no"
-        if not file.has_flag("save_strategy"):
-            file.remark(
-                "no save_folder: nothing is saved before the end; --save_strategy steps "
-                "--save_steps 3500 --save_total_limit 3 saves checkpoints"
-            )
+        file.remark(
+            "no save_folder: nothing is saved before the end; --save_steps 3500 "
+            "--save_total_limit 3 saves checkpoints"
+        )
     return values
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from mosaic_tools.composer_keys import KINDS
-from mosaic_tools.composer_rules import NOTHING, File, Refusal
+from mosaic_tools.composer_keys import KINDS, MAY_BE_NULL, Kind
+from mosaic_tools.composer_rules import NOTHING, File
 
 GROUPS = ("parameters", "model", "optimizer", "scheduler", "train_loader", "tasks")
 
@@ -73,17 +73,21 @@ def translate(path: str, recipe: dict, known: set[str], given: dict) -> Translat
         raise ValueError(
             f"{path}: unknown key {unknown[0]!r}{hint}: leave it out if it changes no result"
         )
-    keys = {key: x for key, x in keys.items() if key in kind.table and is_given(x)}
-    file = File(keys, given, platform.remarks)
+    keys = {key: x for key, x in keys.items() if key in kind.table}
+    file = File({k: x for k, x in keys.items() if x is not None}, given, platform.remarks)
+    if unset := [key for key in keys if key not in file.keys and not may_be_null(key, kind, given)]:
+        file.remark(f"without a value, so our defaults hold: {', '.join(unset)}")
     found = Translation(kind.silent(file), platform.nothing, file.remarks)
     for key, value in file.keys.items():
         rules = kind.table[key]
         for rule in rules if isinstance(rules, tuple) else (rules,):
             try:
                 ours = {rule: value} if isinstance(rule, str) else rule and rule(value, file)
+                if ours and re.fullmatch("<.*>", str(value)):
+                    flag = next(iter(ours))
+                    file.refuse(f"a placeholder: put a value there, or give --{flag}", flag)
+                    ours = {}
             except (TypeError, ValueError) as error:
-                if isinstance(error, Refusal) and file.has_flag(*error.flags):
-                    continue
                 of = key if isinstance(value, dict) else f"{key}: {value}"
                 raise ValueError(f"{path}: {of}: {error}") from None
             if ours is not NOTHING:
@@ -207,6 +211,7 @@ def flat(recipe: dict, table: dict, prefix: str = ""):
             yield key, value
 
 
-def is_given(value) -> bool:
-    """Whether it is neither empty nor a <placeholder>."""
-    return value is not None and not re.fullmatch("<.*>", str(value))
+def may_be_null(key: str, kind: Kind, given: dict) -> bool:
+    """Whether our default changes nothing where this key has no value."""
+    rule = kind.table[key]
+    return rule is NOTHING or rule in given or key.split(".")[-1] in MAY_BE_NULL

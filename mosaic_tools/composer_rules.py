@@ -20,14 +20,6 @@ from pathlib import Path
 NOTHING = None
 
 
-class Refusal(ValueError):
-    """Something cannot be had, unless one of these flags is given in its place."""
-
-    def __init__(self, reason: str, *flags: str):
-        super().__init__(reason)
-        self.flags = flags
-
-
 @dataclass
 class File:
     """What the rules see of a file.
@@ -49,21 +41,34 @@ class File:
         if line not in self.remarks:
             self.remarks.append(line)
 
-    def number(self, key: str, flag: str) -> int:
-        """A whole number above 0; a flag comes first. ValueError: there is none."""
-        value = self.given.get(flag, self.keys.get(key))
-        if value is None:
-            raise Refusal(f"{key} is needed to count steps, and not given", flag)
-        return whole(value, key)
+    def refuse(self, reason: str, *flags: str):
+        """ValueError, unless one of these flags is given in place of what cannot be had."""
+        if not self.has_flag(*flags):
+            raise ValueError(reason)
+
+    def rows(self) -> int:
+        """Of a step."""
+        return self.number("rows of a step", "global_batch_size", ROWS)
+
+    def number(self, what: str, flag: str, keys: tuple[str, ...]) -> int:
+        """A whole number above 0 that one of these keys has; a flag comes first. ValueError: there
+        is none."""
+        found = [self.keys[key] for key in keys if self.keys.get(key) is not None]
+        if flag not in self.given and not found:
+            raise ValueError(f"to count steps, the {what} are needed: give --{flag}")
+        return whole(self.given.get(flag, *found), what)
 
     def steps(self, time: "Time") -> int:
         """Steps of a time in ba, sp or tok."""
-        of_a_step = 1
-        if time.unit in ("sp", "tok"):
-            of_a_step = self.number("global_train_batch_size", "global_batch_size")
+        of_a_step = self.rows() if time.unit in ("sp", "tok") else 1
         if time.unit == "tok":
-            of_a_step *= self.number("train_loader.dataset.max_seq_len", "max_seq_length")
+            of_a_step *= self.number("tokens of a row", "max_seq_length", TOKENS)
         return math.ceil(time.amount / of_a_step)
+
+
+# Of a whole file, or of one task of GLUE.
+ROWS = ("global_train_batch_size", "batch_size")
+TOKENS = ("train_loader.dataset.max_seq_len", "train_loader.max_seq_len", "max_sequence_length")
 
 
 # ---- numbers and times ----
@@ -74,6 +79,14 @@ def whole(value, name: str) -> int:
     if number < 1 or number != int(number):
         raise ValueError(f"{name} must be a whole number above 0")
     return int(number)
+
+
+def as_number(value):
+    """The number that a text is: to PyYAML 1e-12 is one, and only 1.0e-12 a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 @dataclass
@@ -110,7 +123,10 @@ def run_length(file: File) -> Time:
     ours = file.given
     if not file.has_flag("max_steps", "num_train_epochs"):
         if "max_duration" not in file.keys:
-            raise Refusal("max_duration is needed to count steps, and not given", "max_steps")
+            raise ValueError(
+                "to count steps, the length of the run is needed: give --max_steps or "
+                "--num_train_epochs"
+            )
         ours = duration(file.keys["max_duration"], file)
     if "max_steps" in ours:
         return Time(Fraction(ours["max_steps"]), "ba")
@@ -124,7 +140,9 @@ def warm_up(value, file: File) -> dict:
     if time.unit == "ep" and time.amount:
         run = run_length(file)
         if run.unit != "ep":
-            raise Refusal("give it in ba or dur, as the run is not in ep", "warmup_steps")
+            raise ValueError(
+                "give it in ba or dur, as the run is not in ep, or give --warmup_steps"
+            )
         time = Time(time.amount / run.amount, "dur")
     if time.unit == "dur" or not time.amount:
         return {"warmup_ratio": float(time.amount)}
@@ -136,7 +154,7 @@ def interval(what: str) -> Callable:
 
     def rule(value, file: File) -> dict:
         strategy, steps = f"{what}_strategy", f"{what}_steps"
-        if file.has_flag(strategy):
+        if file.given.get(strategy, "steps") != "steps":
             return {}
         if file.has_flag(steps):
             return {strategy: "steps"}
@@ -146,7 +164,11 @@ def interval(what: str) -> Callable:
             return {strategy: "no"}
         if time.unit == "ep":
             if time.amount != 1:
-                raise Refusal("an interval in epochs is 1ep; give others in ba or dur", steps)
+                raise ValueError(
+                    f"an interval in epochs is 1ep: give others in ba or dur, or --{steps}"
+                )
+            if is_streamed(file) and not file.has_flag("prepared_data"):
+                raise ValueError(f"a stream ends no epoch: give it in ba or dur, or give --{steps}")
             return {strategy: "epoch"}
         if time.unit == "dur":
             run = run_length(file)
@@ -160,6 +182,14 @@ def interval(what: str) -> Callable:
 # ---- rules: what a value becomes, by the names of our flags ----
 
 
+def is_streamed(file: File) -> bool:
+    """Whether text is read while training. A stream is as long as the run's steps."""
+    if file.has_flag("streaming", "train_file", "dataset_name"):
+        return bool(file.given.get("streaming"))
+    of_shards = any(key.startswith("train_loader.dataset.") for key in file.keys)
+    return of_shards and run_length(file).unit == "ba"
+
+
 def group(value) -> dict:
     """The value. ValueError: it is no group of keys."""
     if not isinstance(value, dict):
@@ -168,8 +198,9 @@ def group(value) -> dict:
 
 
 def refused(reason: str, *flags: str) -> Callable:
-    def rule(value, file: File):
-        raise Refusal(reason, *flags)
+    def rule(value, file: File) -> dict:
+        file.refuse(reason, *flags)
+        return {}
 
     return rule
 
@@ -178,8 +209,8 @@ def only(expected, reason: str, *flags: str) -> Callable:
     """A rule for what is the case here anyway."""
 
     def rule(value, file: File) -> dict:
-        if value != expected:
-            raise Refusal(f"{reason}, so it can only be {expected}", *flags)
+        if as_number(value) != expected:
+            file.refuse(f"{reason}, so it can only be {expected}", *flags)
         return {}
 
     return rule
@@ -191,7 +222,7 @@ def agreed(ours: str, *keys: str) -> Callable:
     def rule(value, file: File) -> dict:
         for key in keys:
             if (other := file.keys.get(key, value)) != value:
-                raise Refusal(f"{key} is {other}, and here they are one: --{ours} chooses", ours)
+                file.refuse(f"{key} is {other}, and here they are one: --{ours} chooses", ours)
         return {ours: value}
 
     return rule
@@ -206,23 +237,22 @@ def of_checkpoint(flag: str) -> Callable:
         if not re.search(r"\.pt$|://", str(value)):
             return {flag: value}
         if file.keys.get("model.name") == "hf_bert":
-            raise Refusal(f"of a BERT: save it by transformers, and give --{flag} FOLDER", flag)
+            raise ValueError(f"of a BERT: save it by transformers, and give --{flag} FOLDER")
         tokenizer = file.keys.get("model.tokenizer_name", "TOKENIZER")
         copy, file_here = "", value.replace("{rank}", "0")
         if "://" in value:
             copy, file_here = "copy it to this machine; ", Path(file_here).name
-        raise Refusal(
+        raise ValueError(
             f"{copy}convert its weights, without the state of the optimizer: python "
             f"convert_weights.py {file_here} FOLDER --config config.json --tokenizer {tokenizer}; "
-            f"then give --{flag} FOLDER",
-            flag,
+            f"then give --{flag} FOLDER"
         )
 
     return rule
 
 
 def data(loader: str, ours: str) -> Callable:
-    """A rule for the shards that a loader reads. Text that flags name replaces those of both."""
+    """A rule for the shards that a loader reads. Where flags name the text, no loader is read."""
 
     def rule(value, file: File) -> dict:
         if file.has_flag("train_file", "dataset_name"):
@@ -232,17 +262,14 @@ def data(loader: str, ours: str) -> Callable:
         if (folder := file.keys.get(f"{dataset}remote")) is None:
             place, folder = "local", file.keys.get(f"{dataset}local")
         if folder is None:
-            raise Refusal("neither local nor remote names a folder", "train_file")
-        if "://" in folder:
-            raise Refusal(
+            raise ValueError("neither local nor remote names a folder: give --train_file FOLDER")
+        if "://" in str(folder):
+            raise ValueError(
                 f"{place} {folder} is not on this machine: copy its splits here, and give "
-                "--train_file FOLDER --validation_file FOLDER",
-                "train_file",
+                "--train_file FOLDER --validation_file FOLDER"
             )
-        streams = {}
-        if ours == "train_file" and run_length(file).unit == "ba":
-            streams["streaming"] = True
-        return {ours: [str(Path(folder, split))]} | streams
+        streams = {"streaming": True} if ours == "train_file" and is_streamed(file) else {}
+        return {ours: [str(Path(str(folder), str(split)))]} | streams
 
     return rule
 
@@ -261,7 +288,7 @@ def some_batches(value, file: File) -> dict:
     if value == -1:
         return {}
     rows = file.keys.get("global_eval_batch_size")
-    rows = whole(rows or file.number("global_train_batch_size", "global_batch_size"), "rows")
+    rows = whole(rows, "global_eval_batch_size") if rows else file.rows()
     return {"max_eval_documents": whole(value, "eval_subset_num_batches") * rows}
 
 
@@ -277,8 +304,8 @@ def precision(value, file: File) -> dict:
     }
     name = str(value).removeprefix("amp_")
     if name not in choices:
-        raise Refusal(f"it is one of amp_{', amp_'.join(choices)}", "bf16", "fp16")
-    return choices[name]
+        file.refuse(f"it is one of amp_{', amp_'.join(choices)}, or --bf16 chooses", "bf16", "fp16")
+    return choices.get(name, {})
 
 
 def precision_of_tasks(value, file: File) -> dict:
@@ -291,16 +318,19 @@ def precision_of_tasks(value, file: File) -> dict:
         )
         return {}
     if ours.get("fp16") and {"stsb", "all"} & set(file.given.get("task", file.keys["tasks"])):
-        raise Refusal(
+        file.refuse(
             "stsb is in float32: train it by itself, --task stsb --bf16 false, and the others by "
             "--task",
             "bf16",
         )
+        return {}
     return ours
 
 
 def schedule(value, file: File) -> dict:
     """Of the scheduler's name and alpha_f; the script gives a constant rate none."""
+    if file.has_flag("lr_scheduler_type"):
+        return {}
     name = file.keys.get("scheduler.name")
     end = float(file.keys.get("scheduler.alpha_f", 0))
     if name == "linear_decay_with_warmup":
@@ -314,21 +344,21 @@ def schedule(value, file: File) -> dict:
             return {"lr_scheduler_type": "cosine"}
         kwargs = {"min_lr_rate": end}
         return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
-    raise Refusal(
-        f"{name} is none of linear_decay_with_warmup, constant_with_warmup, cosine_with_warmup",
-        "lr_scheduler_type",
+    raise ValueError(
+        f"{name} is none of linear_decay_with_warmup, constant_with_warmup, cosine_with_warmup: "
+        "--lr_scheduler_type chooses one of transformers'"
     )
 
 
 def end_of_schedule(value, file: File) -> dict:
-    if value == file.keys.get("max_duration") or Time.read(value) == Time(Fraction(1), "dur"):
-        return {}
-    raise Refusal("the schedule is as long as the run: leave it out", "lr_scheduler_type")
+    if value != file.keys.get("max_duration") and Time.read(value) != Time(Fraction(1), "dur"):
+        file.refuse("the schedule is as long as the run: leave it out", "lr_scheduler_type")
+    return {}
 
 
 def optimizer(value, file: File) -> dict:
     if value != "decoupled_adamw":
-        raise Refusal("it is decoupled_adamw; --optim chooses one of transformers'", "optim")
+        file.refuse("it is decoupled_adamw; --optim chooses one of transformers'", "optim")
     return {}
 
 
@@ -347,10 +377,15 @@ def algorithms(value, file: File) -> dict:
         elif name in ("alibi", "gated_linear_units") and of_mosaic:
             file.remark(f"algorithms.{name}: the model has it anyway")
         elif name == "gradient_clipping":
-            options = options or {}
-            if options.get("clipping_type") != "norm":
-                raise Refusal("of gradients only the norm is clipped", "max_grad_norm")
-            ours["max_grad_norm"] = options["clipping_threshold"]
+            options = group(options or {})
+            threshold = options.get("clipping_threshold")
+            if options.get("clipping_type") != "norm" or threshold is None:
+                file.refuse(
+                    "of gradients only the norm is clipped: give clipping_type norm and a "
+                    "clipping_threshold, or give --max_grad_norm",
+                    "max_grad_norm",
+                )
+            ours["max_grad_norm"] = threshold
         else:
             model = file.keys.get("model.name")
             raise ValueError(f"{name} cannot be had in a {model}: leave it out")
@@ -359,10 +394,10 @@ def algorithms(value, file: File) -> dict:
 
 def loggers(value, file: File) -> dict:
     if other := [name for name in group(value) if name != "wandb"]:
-        raise Refusal(f"{other[0]} is not wandb: --report_to chooses another", "report_to")
-    if not value:
+        file.refuse(f"{other[0]} is not wandb: --report_to chooses another", "report_to")
+    if "wandb" not in value:
         return {}
-    if any(x is not None for x in (value["wandb"] or {}).values()):
+    if any(x is not None for x in group(value["wandb"] or {}).values()):
         file.remark(
             "loggers.wandb: its options are read from the environment, as WANDB_PROJECT and "
             "WANDB_ENTITY"
@@ -381,9 +416,9 @@ def output(*folders: str) -> Callable:
         if file.has_flag("output_dir"):
             return {}
         folder, name = (file.keys.get(key) for key in folders)
-        folder = str(folder or Path("runs", name)).replace("{run_name}", name or "run")
+        folder = str(folder or Path("runs", str(name))).replace("{run_name}", str(name or "run"))
         if "://" in folder or "{" in folder:
-            raise Refusal(f"{folder} is no folder on this machine: give --output_dir", "output_dir")
+            raise ValueError(f"{folder} is no folder on this machine: give --output_dir")
         return {"output_dir": os.path.normpath(folder)}
 
     return rule
@@ -394,7 +429,7 @@ def saving(value, file: File) -> dict | None:
     if "save_folder" not in file.keys:
         return NOTHING
     keep = int(file.keys.get("save_num_checkpoints_to_keep", -1))
-    if keep == 0:
+    if keep == 0 and not file.has_flag("save_steps"):
         return {"save_strategy": "no"}
     ours = interval("save")(file.keys.get("save_interval", "1000ba"), file)
     if keep > 0:
@@ -417,7 +452,8 @@ def new_model(value, file: File) -> dict:
     if value == "hf_bert":
         positions = file.keys.get("model.model_config.max_position_embeddings", 512)
         return {"model_type": "bert", "alibi_starting_size": positions}
-    raise Refusal("it is mosaic_bert or hf_bert", "model_type")
+    file.refuse("it is mosaic_bert or hf_bert: --model_type chooses", "model_type")
+    return {}
 
 
 def base_of_sizes(value, file: File) -> dict:
@@ -430,7 +466,7 @@ def base_of_sizes(value, file: File) -> dict:
         if f"model.model_config.{name}" not in file.keys and not file.has_flag(name)
     ]
     if missing:
-        raise Refusal(
+        raise ValueError(
             f"{missing[0]} is not in model_config, and only BERT-Base's is known here: give "
             f"{' '.join('--' + name for name in missing)}"
         )
@@ -450,6 +486,18 @@ def size(name: str) -> Callable:
 CHECKPOINTS = ("load_path", "model.pretrained_checkpoint")
 
 
+def begins_anew(value, file: File) -> dict | None:
+    """Of load_path, and of load_weights_only where that is given."""
+    if "load_path" not in file.keys:
+        return NOTHING
+    if not file.keys.get("load_weights_only"):
+        file.remark(
+            "load_path: weights only; step, optimizer and rate begin anew, as there with "
+            "load_weights_only: true"
+        )
+    return {}
+
+
 def positions(value, file: File) -> dict | None:
     """Those of a hf_bert come with its name."""
     return {} if file.keys.get("model.name") == "hf_bert" else NOTHING
@@ -459,7 +507,7 @@ def pretrained(value, file: File) -> dict | None:
     if file.keys.get("model.name") != "hf_bert":
         return NOTHING
     if value:
-        raise Refusal("only a MosaicBERT is continued from: leave it out for a new BERT")
+        raise ValueError("only a MosaicBERT is continued from: leave it out for a new BERT")
     return {}
 
 
@@ -489,32 +537,35 @@ def tasks(value, file: File) -> dict:
         if odd := [x for x in options if x not in ("seeds", "trainer_kwargs")]:
             raise ValueError(f"{name}.{odd[0]} is neither seeds nor trainer_kwargs")
         seeds[name] = options.get("seeds", default)
-        told[name] = of_trainer(group(options.get("trainer_kwargs") or {}), file)
+        options = group(options.get("trainer_kwargs") or {})
+        told[name] = of_trainer(options, {"batch_size": TASKS[name].batch}, file)
     if any(x != list(SEEDS[: TASKS[name].seeds]) for name, x in seeds.items()):
-        ours["seeds"] = same("seeds", seeds, file)
+        ours |= same("seeds", seeds, file)
     for name in sorted({name for x in told.values() for name in x}):
-        ours[name] = same(name, {task: x.get(name) for task, x in told.items()}, file)
+        ours |= same(name, {task: x.get(name) for task, x in told.items()}, file)
     return ours
 
 
-def same(name: str, by_task: dict, file: File):
-    """What is said of all tasks. Refusal: it differs, or is said of some only."""
+def same(name: str, by_task: dict, file: File) -> dict:
+    """What is said of all tasks. ValueError: it differs, or is said of some only, and no flag says
+    it."""
     first, *others = by_task.values()
-    if any(x != first for x in others):
-        said = "; ".join(f"{task} {x}" for task, x in by_task.items())
-        raise Refusal(
-            f"{name} is not the same for all tasks ({said}): train them one by one, first with "
-            f"--task {next(iter(by_task))}",
-            name,
-        )
-    return first
+    if all(x == first for x in others):
+        return {name: first}
+    said = "; ".join(f"{task} {x}" for task, x in by_task.items())
+    file.refuse(
+        f"{name} is not the same for all tasks ({said}): train them one by one, first with "
+        f"--task {next(iter(by_task))}",
+        name,
+    )
+    return {}
 
 
-def of_trainer(options: dict, file: File) -> dict:
-    ours = {}
+def of_trainer(options: dict, defaults: dict, file: File) -> dict:
+    ours, counting = {}, File(defaults | options, file.given)
     for name, value in options.items():
         if name == "max_duration":
-            ours |= duration(value, file)
+            ours |= duration(value, counting)
         elif name in TRAINER:
             ours |= {TRAINER[name]: value} if TRAINER[name] else {}
         else:

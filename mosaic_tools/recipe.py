@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate.utils import gather_object
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from mosaic_tools.cards import about_weights
@@ -214,7 +214,9 @@ class RecipeArguments(TrainingArguments):
     per_device_train_batch_size: int = option(64, "most rows that a device takes at once")
     per_device_eval_batch_size: int = 64
     learning_rate: float = option(5e-4, "at its peak")
-    lr_end: float = option(0.0, "at the end, as a share of the peak; 0.02 in the published YAML")
+    lr_end: float = option(
+        0.0, "at the end of a linear decay, as a share of the peak; 0.02 in the published YAML"
+    )
     warmup_ratio: float = option(
         0.06,
         "share of all steps, unless warmup_steps is above 0",
@@ -275,6 +277,7 @@ class RecipeArguments(TrainingArguments):
         if self.weight_decay is None:
             self.weight_decay = self.decoupled_weight_decay / (self.learning_rate or 1)
         if self.lr_end:
+            self.check_end()
             self.lr_scheduler_type = "polynomial"
             self.lr_scheduler_kwargs = {"lr_end": self.lr_end * self.learning_rate, "power": 1.0}
         if self.dataloader_num_workers is None:
@@ -320,6 +323,20 @@ class RecipeArguments(TrainingArguments):
         elif not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
                 f"num_train_epochs must be a number above 0, got {self.num_train_epochs:g}"
+            )
+
+    def check_end(self):
+        """ValueError: lr_end is not how the chosen schedule ends."""
+        kind = SchedulerType(self.lr_scheduler_type).value
+        if kind not in ("linear", "polynomial"):
+            raise ValueError(
+                f"lr_end {self.lr_end:g} is the end of a linear decay, and lr_scheduler_type is "
+                f"{kind}: leave out --lr_end, or give --lr_scheduler_type linear"
+            )
+        if self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_end {self.lr_end:g} sets lr_scheduler_kwargs, and {self.lr_scheduler_kwargs} "
+                "is given: leave out one of both"
             )
 
     def check_agreement(self):

@@ -171,7 +171,8 @@ def mosaic(tmp_path_factory):
     return published_folder(tmp_path_factory.mktemp("published") / "mosaic_tiny")
 
 
-# What involves no transformers: with older ones `make test` leaves it out by -m "not once".
+# What involves no transformers: with older ones `make test` leaves it out by -m "not once". These
+# are whole files; a single test has @pytest.mark.once.
 ONCE = ("aot", "benchmark_figures", "documented_commands", "examples", "flash_attn_triton")
 ONCE += ("quantized", "readme")
 

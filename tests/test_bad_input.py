@@ -296,6 +296,14 @@ TRAINING = [
     ("a rate in words", f"{MLM} --learning_rate fast", "--learning_rate", "invalid float", "'fast"),
     ("a rate that falls below 0", f"{MLM} --lr_end -1", "lr_end must be", *SHARE, "-1.0"),
     ("a rate that rises", f"{MLM} --lr_end 2", "lr_end must be", *SHARE, "2.0"),
+    (
+        "the end of a constant rate", f"{MLM} --lr_end .02 --lr_scheduler_type constant",
+        "lr_end 0.02 is the end of a linear", "lr_scheduler_type is constant: leave out --lr_end",
+    ),
+    (
+        "two ends", f"{MLM} --lr_end .02 --lr_scheduler_kwargs {{\"power\":2}}",
+        "lr_end 0.02 sets lr_scheduler_kwargs", "leave out one of both",
+    ),
     ("no steps", f"{MLM} --max_steps 0", "max_steps must be at least 1", "got 0"),
     ("steps below 0", f"{MLM} --max_steps -5", "max_steps must be at least 1", "got -5"),
     ("no epochs", f"{MLM} --num_train_epochs 0", "num_train_epochs must be a number above 0, got"),

@@ -18,13 +18,14 @@ import transformers
 import yaml
 from conftest import ROOT
 from finetuning import by_age, result_of, write_glue, write_own
-from training import DOCUMENTS, flags, losses, read_json, read_log, run, write_vocab
+from training import DOCUMENTS, flags, read_json, read_log, write_vocab
 
 import convert_weights
 import finetune
+import prepare_data
 import train_embeddings
 import train_mlm
-from mosaic_tools import recipe
+from mosaic_tools import corpus, recipe
 from mosaic_tools.composer_keys import KINDS
 from mosaic_tools.composer_recipe import is_composers
 from mosaic_tools.glue_tasks import SEEDS, TASKS
@@ -52,7 +53,7 @@ def adamw(lr, weight_decay):
     }
 
 
-def of_shards(split, mlm_probability, **options):
+def of_shards(split, mlm_probability):
     dataset = {
         "local": "${data_local}",
         "remote": "${data_remote}",
@@ -244,7 +245,7 @@ OURS = {
         "decoupled_weight_decay": 1e-6,
         "seeds": [17],
     },
-    "glue/mosaic": {
+    "glue/mcloud": {
         "tokenizer_name": "bert-base-uncased",
         "task": ["all"],
         "output_dir": f"local-finetune-checkpoints/{GLUE_RUN}",
@@ -268,10 +269,12 @@ OURS["finetuning/hf"] = OURS["finetuning/mosaic"] | {
 }
 # transformers' BERT has it in float32 anyway.
 del OURS["finetuning/hf"]["low_precision_layernorm"]
-OURS["glue/mcloud"] = OURS["glue/mosaic"]
-OURS["glue/hf"] = OURS["glue/mosaic"] | {
+OURS["glue/mosaic"] = OURS["glue/mcloud"] | {"model": "FOLDER_OR_ID"}
+OURS["glue/hf"] = OURS["glue/mcloud"] | {
     "output_dir": "local-finetune-checkpoints/hf-bert-base-uncased-glue-finetuning"
 }
+# Flags without which a file is refused.
+NEEDED = {"glue/mosaic": ("--model", "FOLDER_OR_ID")}
 EACH = pytest.mark.parametrize("name", PUBLISHED)
 
 
@@ -292,12 +295,15 @@ def dump(values: dict) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
+def groups_of(name):
+    return recipe.PRETRAINING if name.startswith("main") else finetune.GROUPS
+
+
 def read(file, of, *words, **changes):
     """(values given, what is said) of a published recipe with these changes, and of flags."""
-    file.write_text(dump(put(PUBLISHED.get(of, of), changes)))
-    groups = recipe.PRETRAINING if str(of).startswith("main") else finetune.GROUPS
+    file.write_text(dump(put(PUBLISHED[of], changes)))
     with redirect_stderr(io.StringIO()) as said:
-        given = recipe.read_arguments([str(file), *words], groups)
+        given = recipe.read_arguments([str(file), *NEEDED.get(of, ()), *words], groups_of(of))
     return {k: v for values in given for k, v in values.items()}, said.getvalue()
 
 
@@ -319,7 +325,8 @@ def printed(name, *words):
         pytest.raises(SystemExit) as e,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(sys, "argv", ["command", *map(str, words), "--print_recipe"])
+        words = (*map(str, words), *NEEDED.get(name, ()), "--print_recipe")
+        patch.setattr(sys, "argv", ["command", *words])
         command.main(*([sys.argv[1:]] if command is finetune else []))
     assert not e.value.code
     return out.getvalue()
@@ -336,14 +343,18 @@ def test_a_published_recipe_is_printed_as_one_of_ours_which_says_the_same(name, 
     assert yaml.safe_load(text) == OURS[name]
     ours.write_text(text)
     assert printed(name, ours) == text
-    groups = recipe.PRETRAINING if name.startswith("main") else finetune.GROUPS
-    again = [recipe.read_arguments([str(file)], groups) for file in (theirs, ours)]
-    # What is left out of the second is the default of its field.
-    for group, first, second in zip(groups, *again, strict=True):
+    check_that_both_say_the_same(name, theirs, ours)
+    assert not [x for x in tmp_path.iterdir() if x not in (theirs, ours)]
+
+
+def check_that_both_say_the_same(name, *files):
+    """Of theirs and ours. What is left out of the second is the default of its field."""
+    groups = groups_of(name)
+    said = [recipe.read_arguments([str(x), *NEEDED.get(name, ())], groups) for x in files]
+    for group, first, second in zip(groups, *said, strict=True):
         defaults = {field.name: field.default for field in recipe.fields(group)}
         assert {x: first[x] for x in first if first[x] != defaults[x]}.items() <= second.items()
         assert all(second.get(x, defaults[x]) == first[x] for x in first)
-    assert not [x for x in tmp_path.iterdir() if x not in (theirs, ours)]
 
 
 def test_the_published_run_is_that_of_the_paper(of_main):
@@ -361,6 +372,7 @@ def pick(group, values):
     return {name: x for name, x in values.items() if name in names}
 
 
+@pytest.mark.once
 @EACH
 def test_what_has_no_meaning_is_listed_once(name, tmp_path):
     _, said = read(tmp_path / "file.yaml", name)
@@ -373,12 +385,14 @@ def test_what_has_no_meaning_is_listed_once(name, tmp_path):
     assert not {"data_local", "tokenizer_name", "max_seq_len", "optimizer.lr", "tasks"} & set(keys)
 
 
+@pytest.mark.once
 def test_other_processes_do_not_repeat_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert read(tmp_path / "file.yaml", "main/mosaic")[1] == ""
     assert printed("main/mosaic", tmp_path / "file.yaml") == ""
 
 
+@pytest.mark.once
 def test_what_a_platforms_command_sets_is_honoured_and_said(tmp_path):
     values, said = read(tmp_path / "file.yaml", "main/mcloud_80gb")
     assert values["train_file"] == ["my-copy-c4/train_small"]
@@ -393,6 +407,7 @@ def test_what_a_platforms_command_sets_is_honoured_and_said(tmp_path):
         read(tmp_path / "file.yaml", "main/mcloud_80gb", command="main.py a.yaml sed=1")
 
 
+@pytest.mark.once
 def test_flags_come_last_and_win(of_main):
     values = of_main("--global_batch_size", "1024", "--seed", "3", "--model_type", "bert")
     # As if the file said so: samples are as many.
@@ -402,11 +417,14 @@ def test_flags_come_last_and_win(of_main):
     assert "max_steps" not in values and values["num_train_epochs"] == 2
     assert values["warmup_steps"] == 9 and "warmup_ratio" not in values
     assert (values["eval_strategy"], values["eval_steps"]) == ("steps", 7)
+    assert of_main("--eval_strategy", "steps")["eval_steps"] == 2000
+    assert of_main("--eval_strategy", "epoch", eval_interval="3ep")["eval_strategy"] == "epoch"
     values = of_main("--dataset_name", "allenai/c4", "--output_dir", "elsewhere")
     assert values["dataset_name"] == "allenai/c4" and values["output_dir"] == "elsewhere"
     assert not {"train_file", "validation_file", "streaming"} & set(values)
 
 
+@pytest.mark.once
 def test_ours_are_told_from_theirs():
     for file in (ROOT / "recipes").glob("*.yaml"):
         assert not is_composers(recipe.read_recipe(str(file)))
@@ -415,6 +433,7 @@ def test_ours_are_told_from_theirs():
     assert not is_composers({"model": "runs/demo", "lr_scheduler_kwargs": {"power": 2}})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("command", "of", "said"),
     [
@@ -432,20 +451,16 @@ def test_a_recipe_of_another_command_is_sent_there(command, of, said, tmp_path, 
         command.main(*([[str(file)]] if command is finetune else []))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
-    ("page", "name", "more"),
-    [
-        ("pretraining", "main/mosaic", {}),
-        ("finetuning", "glue/mosaic", {"model": "FOLDER_OR_ID"}),
-    ],
+    ("page", "name"), [("pretraining", "main/mosaic"), ("finetuning", "glue/mosaic")]
 )
-def test_docs_have_what_is_printed(page, name, more, tmp_path):
+def test_docs_have_what_is_printed(page, name, tmp_path):
     text = (ROOT / "docs" / f"{page}.md").read_text().split("## A recipe of mosaicml/examples")[1]
     text = text.split("\n## ")[0]
     blocks = dict(re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M))
-    flags_given = [word for key, value in more.items() for word in (f"--{key}", value)]
-    assert yaml.safe_load(blocks["yaml"]) == more | OURS[name]
-    said = read(tmp_path / "file.yaml", name, *flags_given)[1]
+    assert yaml.safe_load(blocks["yaml"]) == OURS[name]
+    said = read(tmp_path / "file.yaml", name)[1]
     said = said.replace(f"{tmp_path / 'file.yaml'}: ", "").splitlines()
     # Keys are listed in the order of the file, which is another here.
     said, shown = (
@@ -458,6 +473,7 @@ def test_docs_have_what_is_printed(page, name, more, tmp_path):
 # ---- interpolation ----
 
 
+@pytest.mark.once
 def test_references_are_filled_in_with_their_type_or_as_text(tmp_path):
     variables = {"data_local": "${root}/${name.of}", "root": "/data", "name": {"of": "c${year}"}}
     changes = variables | {"year": 4, "max_seq_len": "${length}", "length": 64}
@@ -466,6 +482,7 @@ def test_references_are_filled_in_with_their_type_or_as_text(tmp_path):
     assert not re.search(r"\b(root|year|length)\b", said.split("here: ")[1].splitlines()[0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -488,6 +505,7 @@ def test_references_that_lead_nowhere_are_named(changes, said, of_main):
 # ---- times ----
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("time", "expected"),
     [
@@ -511,6 +529,7 @@ def test_a_run_lasts_as_long_as_in_composer(time, expected, of_main):
     assert values.get("streaming", False) == ("max_steps" in expected)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("time", "run", "expected"),
     [
@@ -529,6 +548,7 @@ def test_a_warm_up_lasts_as_long_as_in_composer(time, run, expected, of_main):
     assert {k: v for k, v in values.items() if k.startswith("warmup")} == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("time", "run", "expected"),
     [
@@ -537,7 +557,6 @@ def test_a_warm_up_lasts_as_long_as_in_composer(time, run, expected, of_main):
         ("0.1dur", "70000ba", ("steps", 7000)),
         # Of a run in epochs Trainer takes the share.
         ("0.25dur", "4ep", ("steps", 0.25)),
-        ("1ep", "70000ba", ("epoch", None)),
         (1, "10ep", ("epoch", None)),
         # At the end only, or, as there is none, then.
         ("1dur", "70000ba", ("no", None)),
@@ -551,9 +570,42 @@ def test_intervals_are_kept(time, run, expected, what, of_main):
     assert (values[f"{what}_strategy"], values.get(f"{what}_steps")) == expected
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("what", ["eval", "save"])
+def test_an_epoch_is_an_interval_where_it_ends(what, tmp_path):
+    """A stream ends none, and nothing was saved or evaluated."""
+    changes = {f"{what}_interval": "1ep", "max_duration": "100ba", "save_folder": "out"}
+    file, strategy = tmp_path / "file.yaml", f"{what}_strategy"
+    for words in ([], ["--dataset_name", "allenai/c4", "--streaming"]):
+        with pytest.raises(ValueError, match=f"1ep: a stream ends no epoch: .* give --{what}_st"):
+            read(file, "main/mosaic", *words, **changes)
+    for words in (["--dataset_name", "allenai/c4"], ["--prepared_data", "rows"]):
+        assert read(file, "main/mosaic", *words, **changes)[0][strategy] == "epoch"
+    assert read(file, "finetuning/mosaic", **changes)[0][strategy] == "epoch"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("of", "changes", "steps"),
+    [
+        # 16 x 128 and 8 x 64 positions a step.
+        ("finetuning/mosaic", {"max_duration": "1000000tok"}, 489),
+        ("glue/hf", {"max_duration": "1000sp", "batch_size": 8}, 125),
+        ("glue/hf", {"max_duration": "1000sp"}, 63),
+        ("glue/hf", {"max_duration": "1000tok", "batch_size": 8, "max_sequence_length": 64}, 2),
+    ],
+)
+def test_a_kind_of_file_counts_by_keys_of_its_own(of, changes, steps, tmp_path):
+    if of == "glue/hf":
+        # A task has a batch of its own, of RTE 16.
+        changes = {"tasks": {"rte": {"trainer_kwargs": changes}}}
+    assert read(tmp_path / "file.yaml", of, **changes)[0]["max_steps"] == steps
+
+
 # ---- what becomes of a key ----
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -566,7 +618,11 @@ def test_intervals_are_kept(time, run, expected, what, of_main):
         ({"scheduler.t_max": "1dur"}, {"lr_end": 0.02}),
         ({"scheduler.t_max": "286720000sp"}, {"lr_end": 0.02}),
         ({"optimizer.betas": [0.8, 0.95]}, {"adam_beta1": 0.8, "adam_beta2": 0.95}),
+        ({"optimizer.eps": "1e-8", "optimizer.lr": "5e-5"}, {"learning_rate": 5e-5}),
         ({"optimizer.eps": "1e-8"}, {"adam_epsilon": 1e-8}),
+        ({"model.model_config.layer_norm_eps": "1e-12"}, {}),
+        ({"run_name": 5}, {"output_dir": "runs/5"}),
+        ({"data_local": 4, "train_loader.dataset.split": 5}, {"train_file": ["4/5"]}),
         ({"precision": "amp_fp16"}, {"bf16": False, "fp16": True}),
         ({"precision": "fp32"}, {"bf16": False}),
         ({"algorithms": ...}, {"low_precision_layernorm": False}),
@@ -632,6 +688,7 @@ def test_a_cosine_ends_where_alpha_f_says(of_main, tmp_path):
     assert rates[52] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
 
 
+@pytest.mark.once
 def test_a_checkpoint_has_its_own_shape(of_main):
     """train_mlm.py refuses a checkpoint and a shape."""
     sizes = {"num_hidden_layers", "num_attention_heads"}
@@ -640,6 +697,7 @@ def test_a_checkpoint_has_its_own_shape(of_main):
     assert not sizes & set(of_main("--model", "runs/mine"))
 
 
+@pytest.mark.once
 def test_a_bert_is_fine_tuned_from_its_checkpoint_or_from_its_name(tmp_path):
     file = tmp_path / "file.yaml"
     assert read(file, "finetuning/hf")[0]["model"] == "bert-base-uncased"
@@ -647,16 +705,18 @@ def test_a_bert_is_fine_tuned_from_its_checkpoint_or_from_its_name(tmp_path):
     assert "model" not in read(file, "finetuning/hf", **{"model.use_pretrained": False})[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [-1, None])
 def test_all_checkpoints_are_kept_unless_a_number_is_given(number, of_main):
     changes = {"save_folder": "out", "save_num_checkpoints_to_keep": number}
     assert "save_total_limit" not in of_main(**changes)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("of", "changes", "said"),
     [
-        ("main/mosaic", {}, "no save_folder: nothing is saved before the end; --save_strategy s"),
+        ("main/mosaic", {}, "no save_folder: nothing is saved before the end; --save_steps 3500"),
         ("main/mosaic", {}, "algorithms.fused_layernorm: LayerNorm in autocast's dtype"),
         ("main/mosaic", {"algorithms.alibi": {}}, "algorithms.alibi: the model has it anyway"),
         ("main/mosaic", {"max_duration": "1ep"}, "the last rows of an epoch are trained on too"),
@@ -669,10 +729,45 @@ def test_all_checkpoints_are_kept_unless_a_number_is_given(number, of_main):
             "save_num_checkpoints_to_keep: 2, the older one until the newer is complete",
         ),
         ("glue/mosaic", {}, "bf16 where the device computes it natively, and float32 in STS-B"),
+        ("main/mosaic", {"load_path": "runs/mine"}, "step, optimizer and rate begin anew"),
+        (
+            "main/mosaic",
+            {"load_path": "runs/mine", "load_weights_only": False},
+            "step, optimizer and rate begin anew",
+        ),
+        (
+            "main/mosaic",
+            {"optimizer.lr": None, "mlm_probability": None},
+            "without a value, so our defaults hold: train_loader.dataset.mlm_probability, "
+            "optimizer.lr\n",
+        ),
+        ("main/mosaic", {"train_loader.dataset.shuffle": ...}, "shuffle: rows are shuffled; there"),
+        ("main/mosaic", {"train_loader.dataset.shuffle": None}, "shuffle: rows are shuffled; the"),
     ],
 )
 def test_what_means_something_else_here_is_said_once(of, changes, said, tmp_path):
     assert read(tmp_path / "file.yaml", of, **changes)[1].count(said) == 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("of", "changes", "words"),
+    [
+        # Published files have these, of which the scripts say the same.
+        ("main/mosaic", {"load_path": None, "data_remote": None, "run_name": None}, []),
+        ("glue/hf", {"model.pretrained_checkpoint": None}, []),
+        ("main/mosaic", {"algorithms": None, "save_folder": None}, []),
+        ("main/mosaic", {"optimizer.lr": None}, ["--learning_rate", "1e-4"]),
+        ("main/mosaic", {"load_path": "runs/mine", "load_weights_only": True}, []),
+        # These scripts load nothing but weights.
+        ("main/mosaic", {"model.pretrained_checkpoint": "runs/mine"}, []),
+        ("finetuning/mosaic", {"load_path": "runs/mine", "load_weights_only": False}, []),
+        ("main/mosaic", {}, ["--save_steps", "100"]),
+    ],
+)
+def test_nothing_is_said_where_nothing_differs(of, changes, words, tmp_path):
+    said = read(tmp_path / "file.yaml", of, *words, **changes)[1]
+    assert not re.search("without a value|begin anew|shuffled|no save_folder.*100", said)
 
 
 # ---- refusals ----
@@ -693,9 +788,16 @@ REFUSED = [
     ("main/mosaic", {"max_duration": "0.5ep"}, "ep are counted in whole numbers"),
     ("main/mosaic", {"max_duration": "1dur"}, "a run is some ep, ba, sp or tok long"),
     ("main/mosaic", {"max_duration": "0ba"}, "a run is some ep, ba, sp or tok long"),
-    ("main/mosaic", {"global_train_batch_size": ...}, "is needed to count steps, and not given"),
-    ("main/mosaic", {"max_duration": ...}, "max_duration is needed to count steps"),
-    ("main/mosaic", {"eval_interval": "3ep"}, "3ep: an interval in epochs is 1ep; give others in"),
+    ("main/mosaic", {"global_train_batch_size": ...}, "the rows of a step .* --global_batch_size"),
+    ("main/mosaic", {"max_duration": ...}, "the length of the run is needed: give --max_steps or"),
+    (
+        "finetuning/mosaic",
+        {"max_duration": "9tok", **dict.fromkeys(("train_loader", "eval_loader"), {"split": "a"})},
+        "the tokens of a row are needed: give --max_seq_length",
+    ),
+    ("glue/hf", {"scheduler.t_warmup": "9sp"}, "rows of a step are needed: give --global_batch_s"),
+    ("glue/hf", {"scheduler.t_warmup": "1ep"}, "length of the run is needed: give --max_steps or"),
+    ("main/mosaic", {"eval_interval": "3ep"}, "3ep: an interval in epochs is 1ep: give others in"),
     ("main/mosaic", {"precision": "amp_fp8"}, "amp_fp8: it is one of amp_bf16, amp_fp16, amp_fp32"),
     ("main/mosaic", {"algorithms.alibi_2": {}}, "algorithms: alibi_2 cannot be had in a mosaic_b"),
     (
@@ -703,6 +805,13 @@ REFUSED = [
         {"algorithms.gradient_clipping": {"clipping_type": "adaptive", "clipping_threshold": 1}},
         "algorithms: of gradients only the norm is clipped",
     ),
+    (
+        "main/mosaic",
+        {"algorithms.gradient_clipping": {"clipping_type": "norm"}},
+        "give clipping_type norm and a clipping_threshold, or give --max_grad_norm",
+    ),
+    ("main/mosaic", {"algorithms.gradient_clipping": 1}, "algorithms: expected keys with values"),
+    ("main/mosaic", {"loggers.wandb": "mine"}, "loggers: expected keys with values"),
     ("main/hf", {"algorithms.fused_layernorm": {}}, "fused_layernorm cannot be had in a hf_bert"),
     ("main/hf", {"algorithms.alibi": {}}, "alibi cannot be had in a hf_bert: leave it out"),
     ("main/hf", {"model.use_pretrained": True}, "only a MosaicBERT is continued from: leave it"),
@@ -757,7 +866,19 @@ REFUSED = [
         "of a BERT: save it by transformers, and give --model",
     ),
     ("finetuning/mosaic", {"eval_subset_num_batches": 4}, "all rows are evaluated"),
-    ("glue/mosaic", {"starting_checkpoint_load_path": "a.pt"}, "a.pt FOLDER .* --model FOLDER"),
+    (
+        "glue/mcloud",
+        {"parameters.starting_checkpoint_load_path": "a.pt"},
+        "a.pt FOLDER .* --model FOLDER",
+    ),
+    (
+        "main/mosaic",
+        {"load_path": "<checkpoint>"},
+        "load_path: <checkpoint>: a placeholder: put a value there, or give --model_name_or_path",
+    ),
+    ("main/mosaic", {"optimizer.lr": "<lr>"}, "lr: <lr>: a placeholder: .*, or give --learning_r"),
+    ("main/mosaic", {"data_local": "<c4>"}, "dataset.local: <c4>: .*, or give --train_file"),
+    ("main/mosaic", {"run_name": "<me>"}, "run_name: <me>: .*, or give --output_dir"),
     ("glue/mosaic", {"optimizer": {"lr": 1}}, "unknown key 'optimizer.lr'"),
     ("glue/mosaic", {"tasks": {"wnli": {}}}, "tasks: wnli is none of mnli, qqp"),
     ("glue/mosaic", {"tasks.rte.epochs": 3}, "tasks: rte.epochs is neither seeds nor trainer_kw"),
@@ -780,18 +901,24 @@ REFUSED = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("of", "changes", "said"), REFUSED, ids=lambda x: str(x)[:60])
 def test_what_cannot_be_had_is_refused_by_name(of, changes, said, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path / 'file.yaml'}: .*{said}"):
         read(tmp_path / "file.yaml", of, **changes)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"data_remote": "s3://bucket/c4"}, ["--train_file", "a", "--validation_file", "b"]),
         ({"data_remote": "s3://bucket/c4"}, ["--dataset_name", "allenai/c4"]),
+        ({"data_local": "<c4>"}, ["--train_file", "a"]),
         ({"load_path": "a.pt"}, ["--model", "runs/mine"]),
+        ({"load_path": "<checkpoint>"}, ["--model", "runs/mine"]),
+        ({"optimizer.lr": "<lr>"}, ["--learning_rate", "0.001"]),
+        ({"algorithms.gradient_clipping": {}}, ["--max_grad_norm", "1"]),
         ({"save_folder": "s3://bucket"}, ["--output_dir", "out"]),
         ({"optimizer.name": "adam"}, ["--optim", "adafactor"]),
         ({"scheduler.name": "step"}, ["--lr_scheduler_type", "linear"]),
@@ -814,8 +941,27 @@ def test_a_flag_stands_in_for_what_is_refused(changes, words, of_main):
         found = values[{"model": "model_name_or_path"}.get(name[2:], name[2:])]
         assert str(found).lower() in (value, f"{value}.0") or found == [value]
     assert values["output_dir"] and values["save_strategy"]
+    assert values.get("low_precision_layernorm", True)
 
 
+@pytest.mark.once
+def test_a_flag_for_the_schedule_replaces_all_of_it(of_main):
+    cosine = {"scheduler.name": "cosine_with_warmup", "scheduler.alpha_f": 0.1}
+    for name, changes in (("constant", {}), ("linear", cosine)):
+        values = of_main("--lr_scheduler_type", name, **changes)
+        assert values["lr_scheduler_type"] == name and values["warmup_ratio"] == 0.06
+        assert not {"lr_end", "lr_scheduler_kwargs"} & set(values)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("changes", [{}, {"save_folder": "out", "save_num_checkpoints_to_keep": 0}])
+def test_checkpoints_are_saved_where_a_flag_says_how_often(changes, of_main):
+    assert of_main(**changes)["save_strategy"] == "no"
+    values = of_main("--save_steps", "100", **changes)
+    assert values["save_steps"] == 100 and values.get("save_strategy", "steps") == "steps"
+
+
+@pytest.mark.once
 def test_the_command_that_converts_a_checkpoint_is_one(of_main):
     with pytest.raises(ValueError) as e:
         of_main(load_path="ckpt/ep0-ba70000-rank0.pt")
@@ -838,6 +984,7 @@ def test_every_flag_that_a_key_becomes_exists(kind):
 # ---- GLUE ----
 
 
+@pytest.mark.once
 def test_seeds_of_tasks_are_the_published_ones_or_given(tmp_path):
     file = tmp_path / "glue.yaml"
     values, _ = read(file, "glue/mosaic")
@@ -853,9 +1000,23 @@ def test_seeds_of_tasks_are_the_published_ones_or_given(tmp_path):
     assert read(file, "glue/mosaic", "--task", "rte", **one)[0]["seeds"] == [1, 2]
     values, _ = read(file, "glue/mosaic", "--task", "mnli", "cola", **one)
     assert "seeds" not in values and values["task"] == ["mnli", "cola"]
-    assert read(file, "glue/mosaic", "--seeds", "5", **one)[0]["seeds"] == [5]
+    values, _ = read(file, "glue/mosaic", "--seeds", "5", **one)
+    assert values["seeds"] == [5] and values["task"] == ["all"]
 
 
+@pytest.mark.once
+def test_a_flag_for_what_tasks_differ_in_leaves_the_rest(tmp_path):
+    tasks = {
+        name: {"seeds": [1, 2], "trainer_kwargs": {"max_duration": "5ep", "batch_size": rows}}
+        for name, rows in (("rte", 8), ("cola", 32))
+    }
+    words = ["--task", "rte", "cola", "--global_batch_size", "16"]
+    values, _ = read(tmp_path / "glue.yaml", "glue/mosaic", *words, tasks=tasks)
+    expected = {"seeds": [1, 2], "num_train_epochs": 5, "global_batch_size": 16}
+    assert expected.items() <= values.items() and values["task"] == ["rte", "cola"]
+
+
+@pytest.mark.once
 def test_some_tasks_with_a_trainer_of_their_own(tmp_path):
     told = {"max_duration": "10ba", "batch_size": 8, "max_sequence_length": 64}
     told |= {"eval_interval": "5ba", "save_num_checkpoints_to_keep": 0}
@@ -865,6 +1026,7 @@ def test_some_tasks_with_a_trainer_of_their_own(tmp_path):
     assert (expected | {"task": ["mnli", "rte"]}).items() <= values.items()
 
 
+@pytest.mark.once
 def test_sts_b_stays_in_float32(tmp_path):
     """bf16 that is given would come before the task's own."""
     file = tmp_path / "glue.yaml"
@@ -894,6 +1056,7 @@ def test_it_prints_ours_with_flags_and_what_is_given_of_a_tasks_own(tmp_path):
     assert printed("main") == ""
 
 
+@pytest.mark.once
 def test_what_a_task_has_of_its_own_is_always_printed():
     for task in TASKS.values():
         assert set(task.recipe()) <= set(FinetuneArguments.DEFAULT_DEPENDS)
@@ -901,32 +1064,16 @@ def test_what_a_task_has_of_its_own_is_always_printed():
 
 # ---- runs ----
 
-STREAMING = """
-import json
-from pathlib import Path
 
-class Stream:
-    def __init__(self, local, keep_zip):
-        self.folder = Path(local)
-
-    def apply_default(self, default):
-        pass
-
-    def get_shards(self, world, allow_unsafe_types):
-        shards = json.loads((self.folder / "index.json").read_text())["shards"]
-        return [[{"text": text} for text in shard["texts"]] for shard in shards]
-
-    def prepare_shard(self, shard):
-        pass
-
-class World:
-    detect = staticmethod(lambda: None)
-"""
+def rows_of_index(shards):
+    """For mosaicml-streaming, which does not install beside transformers 5: what write_shards
+    wrote."""
+    for folder, number, _ in shards:
+        for text in read_json(folder, "index.json")["shards"][number]["texts"]:
+            yield {"text": text}
 
 
 def write_shards(folder, *parts):
-    """What the stand-in for mosaicml-streaming, which does not install beside transformers 5,
-    reads."""
     folder.mkdir(parents=True)
     shards = [{"texts": texts} for texts in parts]
     (folder / "index.json").write_text(json.dumps({"shards": shards}))
@@ -942,15 +1089,9 @@ TINY = {
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A small run of the published recipe on shards of a stand-in, as theirs.yaml."""
-    for name in ("", "base", "base/stream.py", "base/world.py"):
-        place = tmp_path / "path" / "streaming" / name
-        if place.suffix:
-            place.write_text(STREAMING)
-        else:
-            place.mkdir(parents=True)
-            (place / "__init__.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    """A small run of the published recipe, as theirs.yaml in the current folder."""
+    monkeypatch.setattr(corpus, "read_shards", rows_of_index)
+    monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "c4" / "train", DOCUMENTS[:30], DOCUMENTS[30:])
     write_shards(tmp_path / "c4" / "val", DOCUMENTS[::7])
     words = sorted({word for text in DOCUMENTS for word in text.split()})
@@ -977,10 +1118,11 @@ def tiny(tmp_path, monkeypatch):
     return theirs
 
 
-def test_a_run_of_the_published_recipe(tiny, tmp_path):
-    words = ["theirs.yaml", "--logging_steps", 1, "--cpu_threads", 1]
-    said = run(tmp_path, ROOT / "train_mlm.py", *words)
-    assert said.count("has no meaning here:") == 1
+def test_a_run_of_the_published_recipe(tiny, tmp_path, monkeypatch, capfd):
+    words = ["theirs.yaml", *flags(logging_steps=1, cpu_threads=1)]
+    monkeypatch.setattr(sys, "argv", ["train_mlm.py", *words])
+    train_mlm.main()
+    assert capfd.readouterr().err.count("has no meaning here:") == 1
     out = tmp_path / "ckpt" / BASE
     # 95 samples are in 12 steps, of which 24 samples are 3; then linear to 2 %.
     rates = {x["step"]: x["learning_rate"] / 5e-4 for x in read_log(out) if "loss" in x}
@@ -993,16 +1135,16 @@ def test_a_run_of_the_published_recipe(tiny, tmp_path):
     assert sorted(x.name for x in out.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     config = read_json(out, "config.json")
     assert TINY.items() <= config.items() and config["low_precision_layernorm"]
-    # One of ours that says the same gives the same.
-    text = printed("main/mosaic", tiny)
-    (tmp_path / "ours.yaml").write_text(text)
-    run(tmp_path, ROOT / "train_mlm.py", "ours.yaml", *words[1:], "--output_dir", "ours")
-    assert losses(tmp_path / "ours") == losses(out)
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(printed("main/mosaic", tiny))
+    check_that_both_say_the_same("main/mosaic", tiny, ours)
 
 
 def test_rows_are_prepared_by_the_published_recipe(tiny, tmp_path, monkeypatch):
-    words = ["theirs.yaml", "--prepared_data", "rows"]
-    run(tmp_path, ROOT / "prepare_data.py", *words)
+    monkeypatch.setattr(
+        sys, "argv", ["prepare_data.py", "theirs.yaml", *flags(prepared_data="rows")]
+    )
+    prepare_data.main()
     facts = read_json(tmp_path, "rows", "prepared.json")
     assert facts["source"] == "train" and facts["max_seq_length"] == 16
 
@@ -1034,11 +1176,10 @@ def test_tasks_are_trained_by_the_published_recipe(golden, tmp_path, vocab):
     file = tmp_path / "file.yaml"
     file.write_text(dump(put(PUBLISHED["glue/mosaic"], changes)))
     values = {"data_dir": write_glue(tmp_path / "data"), "output_dir": tmp_path / "out"}
-    finetune.main([str(file), *flags(**values, task="cola", max_steps=1, cpu_threads=1)])
-    seeds = {int(x.name.removeprefix("seed-")) for x in tmp_path.glob("out/cola/seed-*")}
-    assert seeds == {19, 8364, 717, 10536}
-    settings = result_of(tmp_path / "out", "cola")["settings"]
-    expected = {"learning_rate": 5e-5, "rows_per_step": 32, "lr_end": 0.0, "warmup_ratio": 0.06}
+    finetune.main([str(file), *flags(**values, task="mnli", max_steps=1, cpu_threads=1)])
+    assert [x.name for x in tmp_path.glob("out/mnli/seed-*")] == ["seed-19"]
+    settings = result_of(tmp_path / "out", "mnli")["settings"]
+    expected = {"learning_rate": 5e-5, "rows_per_step": 48, "lr_end": 0.0, "warmup_ratio": 0.06}
     assert (expected | {"low_precision_layernorm": True}).items() <= settings.items()
 
 
@@ -1049,8 +1190,15 @@ def test_without_data_of_ones_own_it_is_asked_for(tmp_path):
         finetune.main([str(file)])
 
 
-def test_without_a_checkpoint_the_model_is_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        ("glue/hf", "give --model, a folder or a Hub id"),
+        ("glue/mosaic", "load_path: <checkpoint_from_pretraining>: a placeholder: .* give --model"),
+    ],
+)
+def test_without_a_checkpoint_the_model_is_asked_for(of, said, tmp_path):
     file = tmp_path / "file.yaml"
-    file.write_text(dump(PUBLISHED["glue/mosaic"]))
-    with pytest.raises(ValueError, match="give --model, a folder or a Hub id"):
+    file.write_text(dump(PUBLISHED[of]))
+    with pytest.raises(ValueError, match=said):
         finetune.main([str(file)])

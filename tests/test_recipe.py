@@ -158,7 +158,10 @@ def test_decay_is_decoupled_from_the_learning_rate():
 
 
 def test_the_rate_falls_to_the_share_of_the_peak_that_is_asked_for():
-    args = parse(lr_end=0.02, learning_rate=1e-3, max_steps=100)[-1]
+    given = {"lr_end": 0.02, "learning_rate": 1e-3, "max_steps": 100}
+    args = parse(**given)[-1]
+    by_name = parse(**given, lr_scheduler_type="polynomial")[-1]
+    assert by_name.lr_scheduler_kwargs == args.lr_scheduler_kwargs
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=args.learning_rate)
     schedule = transformers.get_scheduler(
         args.lr_scheduler_type, optimizer, 10, 100, args.lr_scheduler_kwargs
