@@ -105,8 +105,8 @@ ABLATIONS = list(MODELS)[3:-1]
 ON_TRUNK = {"masking_falls": {"mlm_probability": 0.3}}
 # Of these each budget is a run of its own.
 WITHOUT_TRUNK = ("bert_old", "untrained")
-# The best of a sweep at 4 x 256; ablations have MosaicBERT's unless told otherwise.
-RATES = {"mosaic": 2e-3, "bert": 1e-3, "bert_old": 1e-3}
+# The best of pareto.jsonl's at 4 x 256; ablations have MosaicBERT's unless told otherwise.
+RATES = {"mosaic": 1e-3, "bert": 1e-3, "bert_old": 1e-3, "muon": 2e-3}
 # Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.
 TRIAL, PARTS, DECAY = 60, 20, 3
 # Rows of a task's training data that a rate is chosen by, at most a half.
@@ -420,6 +420,7 @@ def main():
     least = args.minutes[0]
     if odd := [x for x in args.minutes if abs(x / least - round(x / least)) > 1e-6]:
         parser.error(f"--minutes: {odd[0]:g} is no multiple of the shortest, {least:g}")
+    args.results.mkdir(parents=True, exist_ok=True)
     # Fills transformers' cache of code, which runs side by side would race for.
     model_module()
 
