@@ -53,10 +53,11 @@ class File:
     def number(self, what: str, flag: str, keys: tuple[str, ...]) -> int:
         """A whole number above 0 that one of these keys has; a flag comes first. ValueError: there
         is none."""
-        found = [self.keys[key] for key in keys if self.keys.get(key) is not None]
-        if flag not in self.given and not found:
+        values = [self.given.get(flag), *map(self.keys.get, keys)]
+        value = next((x for x in values if x is not None), None)
+        if value is None:
             raise ValueError(f"to count steps, the {what} are needed: give --{flag}")
-        return whole(self.given.get(flag, *found), what)
+        return whole(value, what)
 
     def steps(self, time: "Time") -> int:
         """Steps of a time in ba, sp or tok."""

@@ -47,6 +47,12 @@ def listed(names, max_names: int = 8) -> str:
     return ", ".join(names[:max_names]) + rest
 
 
+def say(text: str, stream=None):
+    """What every process of a run has to say, said once: to the standard output, or to stream."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="", file=stream)
+
+
 # ---- this folder's code ----
 
 
@@ -228,9 +234,10 @@ def check_loaded(source, model, loaded: dict, other_head: bool = False, flag: st
         kin=KIN | JINA if is_ours(model.config) else {},
         flag=flag,
     )
-    if (new or dropped) and os.environ.get("RANK", "0") == "0":
+    if new or dropped:
         sets = {"new, not in the checkpoint": sorted(new), "not taken from it": dropped}
-        print(f"{source}: " + "; ".join(f"{x}: {listed(y)}" for x, y in sets.items() if y))
+        said = "; ".join(f"{x}: {listed(y)}" for x, y in sets.items() if y)
+        say(f"{source}: {said}\n")
     return new
 
 

@@ -5,7 +5,6 @@ from the Hub. Without data, text that Python carries.
 Everything that a row can lack is found here, before any training, and named with its row.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import datasets
 
 from mosaic_tools.corpus import first_rows, matching_files, split
 from mosaic_tools.embedded_text import embedded_pairs
+from mosaic_tools.family import say
 from mosaic_tools.labelled_data import check_texts, read_rows
 from mosaic_tools.recipe import SourceOfText, check_range, option
 
@@ -139,8 +139,8 @@ def load_sources(patterns: list[str]) -> dict[str, datasets.Dataset]:
 def as_pairs(where: str, rows: datasets.Dataset) -> datasets.Dataset:
     """The rows with the columns of PAIR and negatives, or of SCORED, checked one by one."""
     found = columns_of(where, rows)
-    if any(x != y for x, y in found.items()) and os.environ.get("RANK", "0") == "0":
-        print(f"{where}: " + ", ".join(f"{y} is {x!r}" for x, y in found.items()))
+    if any(x != y for x, y in found.items()):
+        say(f"{where}: {', '.join(f'{y} is {x!r}' for x, y in found.items())}\n")
     rows = rows.select_columns(list(found)).rename_columns(found)
     texts = [name for name in rows.column_names if name != "score"]
     check_texts(where, rows, tuple(texts), blank=False)

@@ -26,6 +26,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from mosaic_tools.cards import about_weights
 from mosaic_tools.composer_recipe import is_composers, translate
 from mosaic_tools.devices import native_bf16
+from mosaic_tools.family import say
 from mosaic_tools.publishing import check_repo_id
 
 
@@ -381,7 +382,7 @@ class PretrainingArguments(RecipeArguments):
     """RecipeArguments with what train_mlm.py watches, and Muon."""
 
     optim: str = option(
-        "adamw_torch_fused",
+        RecipeArguments.optim,
         "one of transformers'; or muon: for the matrices of the layers, beside that AdamW",
     )
     muon_learning_rate: float | None = option(
@@ -402,7 +403,7 @@ class PretrainingArguments(RecipeArguments):
         muon = self.optim == MUON
         if muon:
             self.check_muon()
-            self.optim = PretrainingArguments.optim
+            self.optim = RecipeArguments.optim
         elif self.muon_learning_rate is not None:
             raise ValueError("--muon_learning_rate needs --optim muon")
         super().__post_init__()
@@ -439,7 +440,7 @@ class PretrainingArguments(RecipeArguments):
         muon = self.muon()
         return (
             f"muon, learning rate {muon['lr']:g}, weight decay {muon['weight_decay']:g}, beside "
-            f"{PretrainingArguments.optim}, learning rate {self.learning_rate:g}"
+            f"{RecipeArguments.optim}, learning rate {self.learning_rate:g}"
         )
 
 
@@ -509,15 +510,9 @@ def read_arguments(argv: list[str], groups: tuple[type, ...]) -> list[dict]:
         argv = recipe_flags(path, known, by_flags) + flags
     *given, printing = given_flags(with_printing, argv)
     if printing.get("print_recipe"):
-        say(as_recipe(given, groups), sys.stdout)
+        say(as_recipe(given, groups))
         raise SystemExit
     return given
-
-
-def say(text: str, stream):
-    """What every process of a run has to say is said once."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, end="", file=stream)
 
 
 def as_recipe(given: list[dict], groups: tuple[type, ...]) -> str:

@@ -46,9 +46,7 @@ def score(model, tokenizer, sentences: list[str], rows: int = 256) -> list[float
         logits = model(**batch).logits[row, where]  # (rows, vocab)
         found = logits.double().log_softmax(-1)[row, hidden]
         sums.index_add_(0, which, found)
-    counts = torch.zeros(len(sentences), dtype=torch.float64)
-    counts.index_add_(0, torch.tensor(places)[:, 0], torch.ones(len(places), dtype=torch.float64))
-    return (sums / counts).tolist()
+    return (sums / torch.tensor(places)[:, 0].bincount(minlength=len(sentences))).tolist()
 
 
 def main():
