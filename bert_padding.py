@@ -37,7 +37,7 @@ class PackedBatch(NamedTuple):
             nothing is padding.
         cu_seqlens: (sequences + 1,) int32, bounds of the sequences within the total tokens; none is
             empty. None where there are `rows`.
-        max_seqlen: tokens in the longest sequence.
+        max_seqlen: at least the tokens of the longest sequence.
         positions: (total,) int32, distance of each token from the first of its sequence, or None:
             its index there.
         labelled_indices: (labelled,) int64, the tokens among total that carry a label, or None:
@@ -188,6 +188,12 @@ def pack_flattened(
     return PackedBatch(1, seqlen, None, cu_seqlens, int(max_seqlen), labelled_indices=labelled)
 
 
+def rounded_up(max_seqlen: int) -> int:
+    """The next power of two, from 128 on: a compiled graph serves one value of max_seqlen, and the
+    kernels take as long for this one as for the longest sequence itself."""
+    return max(128, 1 << (max_seqlen - 1).bit_length())
+
+
 def packed_before(
     batch: PackedBatch | Mapping,
     tokens: Tensor,
@@ -317,6 +323,8 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
     first = starts.nonzero().squeeze(1)
     cu_seqlens = torch.nn.functional.pad(first, (0, 1), value=total).int()
     max_seqlen = int(cu_seqlens.diff().max()) if total else 0
+    if compiling:
+        max_seqlen = rounded_up(max_seqlen)
     # Distances equal index distances unless the mask has holes or position_ids leave gaps.
     first_of_token = first[starts.cumsum(0) - 1]
     distances = ids - ids[first_of_token]

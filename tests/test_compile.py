@@ -186,16 +186,22 @@ def test_a_step_with_a_batch_packed_before_never_waits_for_a_gpu():
 
 @needs_compile
 @pytest.mark.parametrize(
-    "device, backend",
-    [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)],
+    "device, attention, backend",
+    [
+        ("cpu", "sdpa", "aot_eager"),
+        pytest.param("cpu", "triton", "aot_eager", marks=[needs_triton, NEEDS_INTERPRETER]),
+        pytest.param("cuda", "triton", "inductor", marks=pytest.mark.gpu),
+    ],
 )
-def test_compile_in_training_never_recompiles_as_tokens_and_labels_change(device, backend):
+def test_compile_in_training_never_recompiles_as_tokens_and_labels_change(
+    device, attention, backend
+):
     lengths = ((16, 3), (9, 9), (16, 16), (5, 16), (12, 7))
     batches = [make_batch(*x, seqlen=16) for x in lengths]
     batches = [{**x, "labels": make_labels(x)} for x in batches]
     assert all((x["labels"] != -100).sum() > 1 for x in batches)
-    model, batches = make(BertForMaskedLM).to(device).train(), [to(device, x) for x in batches]
-    assert compiled_graphs(model, batches, backend) == 1
+    model = make(BertForMaskedLM, attention).to(device).train()
+    assert compiled_graphs(model, [to(device, x) for x in batches], backend) == 1
 
 
 @needs_compile

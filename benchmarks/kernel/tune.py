@@ -2,11 +2,12 @@
 """Which tile shapes are fastest on this GPU?
 
 Method: for every row of the table (head_dim 64 and 128; 2 and 4 bytes) and every kernel, candidates
-replace the table's tile, the other kernels keeping theirs. One that does not fit in shared memory
-or fails the tests' error rule is left out; the rest are timed with ALiBi on sequences of --seqlen
-tokens, every tile visited, by the median of triton.testing.do_bench. The one-block backward gets
-the longest row at which it beats the two-pass kernels on full rows. Dropout is not timed:
-afterwards ask resources.py for 0 spills in all variants.
+replace the table's tile, the other kernels keeping theirs. Processes side by side compile them and
+hold each to the tests' error rule. One that does not fit in shared memory or fails the rule is left
+out; the rest are timed one at a time, with ALiBi on sequences of --seqlen tokens, every tile
+visited, by what torch.profiler counts of all kernels of the pass. The one-block backward gets the
+longest row at which it beats the two-pass kernels on full rows. Dropout is not timed: afterwards
+ask resources.py for spills in all variants.
 
     python benchmarks/kernel/tune.py              # this chip's four rows
     python benchmarks/kernel/tune.py --rows 64-2  # head_dim 64, 2 bytes per element
@@ -17,7 +18,10 @@ Output: a JSON line per candidate, appended to --output too, then the rows to pa
 
 import argparse
 import itertools
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,19 +31,17 @@ if __name__ == "__main__":
     toy.choose(sys.argv)
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernel.common import (
     assert_correct,
     cu_seqlens_of,
     empty_caches,
-    milliseconds,
     ours,
     require_device,
     slopes_of,
 )  # fmt: skip
 from benchmarks.records import recorder
-from benchmarks.speed.clocks import DEVICE, TOY, record_file
+from benchmarks.speed.clocks import DEVICE, FAILURES, TOY, kernels, record_file, why
 
 DTYPES = {2: torch.float16 if TOY else torch.bfloat16, 4: torch.float32}
 # Accumulators of (owned tokens, head_dim) that a kernel keeps in registers.
@@ -47,20 +49,33 @@ ACCUMULATORS = {"forward": 1, "dq": 1, "dkdv": 2}
 REGISTERS = 255
 # A one-block backward shorter than any row sends all rows to the two-pass kernels.
 TWO_PASS = (0, 0, 4, 1)
-# A toy must still have all kernels and a choice between two tiles.
-BLOCKS_M, BLOCKS_N = ((32, 64), (32,)) if TOY else ((16, 32, 64, 128), (16, 32, 64, 128))
-WARPS, STAGES = ((4,), (2,)) if TOY else ((4, 8), (1, 2, 3, 4))
+# Of queries and of keys by the bytes of an element. A toy must still have all kernels and a choice
+# between two tiles.
+BLOCKS = {2: ((32, 64, 128), (32, 64, 128)), 4: ((16, 32, 64, 128), (16, 32, 64))}
+WARPS, STAGES = ((4, 8), (1, 2, 3, 4))
+if TOY:
+    BLOCKS, WARPS, STAGES = {2: ((32, 64), (32,))}, (4,), (2,)
 
 
-def candidates(direction, head_dim, table_tile):
+def candidates(direction, row, table_tile):
     """The table's own tile, then all whose accumulators and scores alone fit in registers."""
-    yield table_tile
-    for tile in itertools.product(BLOCKS_M, BLOCKS_N, WARPS, STAGES):
+    _, head_dim, itemsize = row
+    tiles = [table_tile]
+    for tile in itertools.product(*BLOCKS[itemsize], WARPS, STAGES):
         block_m, block_n, warps, _ = tile
         owned = block_n if direction == "dkdv" else block_m
         values = owned * ACCUMULATORS[direction] * head_dim + 2 * block_m * block_n
         if values <= REGISTERS * 32 * warps and tile != table_tile:
-            yield tile
+            tiles.append(tile)
+    return tiles
+
+
+def blocks(row):
+    """Rows that the one-block backward may hold, longest first, each with its tiles."""
+    return {
+        block: [(block, block, warps, 1) for warps in WARPS]
+        for block in sorted(BLOCKS[row[2]][0], reverse=True)
+    }
 
 
 def make_case(row, lengths, heads):
@@ -78,8 +93,14 @@ def attend(case):
     return ours.flash_attn_varlen_qkvpacked_func(qkv, *sequences, **options)
 
 
-def check(row, lengths):
-    """Raise AssertionError unless output and gradients are right."""
+def use(tiles):
+    """Takes the table's place, so that the kernels themselves stay as they are."""
+    ours.tile_shape = lambda qkv, direction: tiles[direction]
+
+
+def check(row, tiles, lengths):
+    """Raise AssertionError unless output and gradients with these tiles are right."""
+    use(tiles)
     case = qkv, (cu_seqlens, _), options, dout = make_case(row, lengths, 2)
     out = attend(case)
     grad = torch.autograd.grad(out, qkv, dout)[0]
@@ -87,82 +108,99 @@ def check(row, lengths):
     assert_correct(out.detach(), grad, qkv, dout, cu_seqlens, slopes)
 
 
+def judge(row, tiles, lengths):
+    """Why these tiles are no good, or None. Triton's cache then has what was compiled."""
+    try:
+        check(row, tiles, lengths)
+    except FAILURES as err:
+        return why(err)
+
+
 def clock(case, backward):
-    """Median milliseconds of the forward or of the backward pass."""
+    """Milliseconds of the kernels of the forward or of the backward pass."""
     qkv, _, _, dout = case
-    if not backward:
-        with torch.no_grad():
-            return milliseconds(lambda: attend(case))
     out = attend(case)
-    return milliseconds(lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True))
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            if not backward:
+                return attend(case)
+            return torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+    for calls in (2, 1 if TOY else 20):
+        times = kernels(run, calls)
+    return times.total()
 
 
 class Tuner:
     """One row of the table: its tiles so far, and the log of what was tried."""
 
-    def __init__(self, row, args, log):
+    def __init__(self, row, args, log, pool):
         self.row, self.args, self.log = row, args, log
-        self.tiles = dict(ours.TILES[row])
-        # Takes the table's place, so that the kernels themselves stay as they are.
-        ours.tile_shape = lambda qkv, direction: self.tiles[direction]
+        self.tiles, names = dict(ours.TILES[row]), args.kernels
+        self.choices = {x: candidates(x, row, self.tiles[x]) for x in ACCUMULATORS if x in names}
+        # Lengths whose sum is divisible by 16, as that of the batches that are timed: for others
+        # Triton would compile once more.
+        half = self.args.seqlen // 2
+        jobs = {(name, x): [half + 1, 15] for name, tiles in self.choices.items() for x in tiles}
+        for block, tiles in blocks(row).items() if "block" in names else ():
+            jobs |= {("block", x): [block, block - 1, 1] for x in (TWO_PASS, *tiles)}
+        waiting = {
+            (name, tile): pool.submit(judge, row, self.tiles_with(name, tile), lengths)
+            for (name, tile), lengths in jobs.items()
+        }
+        self.left_out = {key: future.result() for key, future in waiting.items()}
 
-    def batch(self, seqlen):
-        lengths = [seqlen] * max(1, self.args.tokens // seqlen)
-        return make_case(self.row, lengths, self.args.heads)
+    def tiles_with(self, direction, tile):
+        """The present tiles but for one; no row is short enough for the one-block backward."""
+        return self.tiles | {"block": TWO_PASS, direction: tile}
 
-    def attempt(self, direction, tile, seqlen, checked):
-        """Median milliseconds with `tile` in place of the present one, inf if it is no good."""
-        before, self.tiles[direction] = self.tiles[direction], tile
-        times, reason = [float("inf")] * 3, None
-        try:
-            check(self.row, checked)
-            times = clock(self.batch(seqlen), backward=direction != "forward")
-        except OutOfResources as err:
-            reason = str(err)
-        except AssertionError as err:
-            reason = f"wrong: {err}"
-        finally:
-            self.tiles[direction] = before
-        figures = dict(zip(("ms", "p20", "p80"), times, strict=True)) if reason is None else {}
-        figures = {"row": self.row, "kernel": direction, "tile": tile, "seqlen": seqlen} | figures
+    def attempt(self, direction, tile, seqlen):
+        """Milliseconds with `tile` in place of the present one, inf if it is no good."""
+        ms, reason = float("inf"), self.left_out[direction, tile]
+        figures = {"row": self.row, "kernel": direction, "tile": tile, "seqlen": seqlen}
+        if reason is None:
+            use(self.tiles_with(direction, tile))
+            lengths = [seqlen] * max(1, self.args.tokens // seqlen)
+            case = make_case(self.row, lengths, self.args.heads)
+            figures["ms"] = ms = clock(case, backward=direction != "forward")
         self.log(figures | ({"left_out": reason} if reason else {}))
-        return times[0]
+        return ms
 
     def stream(self, direction):
         """The fastest tile of a kernel that streams tokens."""
         times = {
-            tile: self.attempt(direction, tile, self.args.seqlen, [self.args.seqlen // 2 + 1, 1])
-            for tile in candidates(direction, self.row[1], self.tiles[direction])
+            tile: self.attempt(direction, tile, self.args.seqlen)
+            for tile in self.choices[direction]
         }
         self.tiles[direction] = min(times, key=times.get)
 
     def block(self):
         """The longest row at which one program per sequence beats the two-pass kernels."""
-        for block in sorted(BLOCKS_M, reverse=True):
-            two_pass = self.attempt("block", TWO_PASS, block, [block, 1])
-            times = {
-                tile: self.attempt("block", tile, block, [block, 1])
-                for tile in ((block, block, warps, 1) for warps in WARPS)
-            }
+        for block, tiles in blocks(self.row).items():
+            two_pass = self.attempt("block", TWO_PASS, block)
+            times = {tile: self.attempt("block", tile, block) for tile in tiles}
             self.tiles["block"] = min(times, key=times.get)
             if times[self.tiles["block"]] < two_pass:
                 break
 
     def tune(self):
-        self.tiles["block"] = TWO_PASS
-        for direction in ACCUMULATORS:
+        for direction in self.choices:
             self.stream(direction)
-        self.block()
+        if "block" in self.args.kernels:
+            self.block()
         return f"    {self.row}: {tuple(tuple(tile) for tile in self.tiles.values())},"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [f"{head_dim}-{itemsize}" for itemsize in DTYPES for head_dim in (64, 128)]
+    names = [f"{head_dim}-{itemsize}" for itemsize in BLOCKS for head_dim in (64, 128)]
     parser.add_argument("--rows", nargs="+", choices=names, default=names[:1] if TOY else names)
+    parser.add_argument("--kernels", nargs="+", choices=ours.KERNELS, default=ours.KERNELS)
     parser.add_argument("--seqlen", type=int, default=64 if TOY else 2048)
     parser.add_argument("--tokens", type=int, default=64 if TOY else 65_536)
     parser.add_argument("--heads", type=int, default=1 if TOY else 12)
+    parser.add_argument("--processes", type=int, default=2 if TOY else os.cpu_count() - 2)
     parser.add_argument("--output", default=record_file("tune"))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
@@ -172,8 +210,10 @@ def main():
         major, minor = torch.cuda.get_device_capability()
         sm = ours.SM_OF_CAPABILITY.get(10 * major + minor, sm)
     log, lines = recorder(args.output, "triton"), []
-    for name in args.rows:
-        lines.append(Tuner((sm, *map(int, name.split("-"))), args, log).tune())
+    # Not forked: a process that has used the GPU cannot be.
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for name in args.rows:
+            lines.append(Tuner((sm, *map(int, name.split("-"))), args, log, pool).tune())
     print("\n".join(lines))
 
 

@@ -7,10 +7,12 @@ A toy (toy.py) runs on the CPU, and leaves no records.
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import toy
 from benchmarks.records import RESULTS
@@ -84,6 +86,26 @@ def samples(functions, rounds, repeats=1, seconds=math.inf):
 def interleaved(functions, rounds, repeats=1, seconds=math.inf):
     """dict: name to milliseconds of a call, median, 20 and 80 % quantile, timed as by `samples`."""
     return {name: quantiles(x) for name, x in samples(functions, rounds, repeats, seconds).items()}
+
+
+def kernels(function, calls):
+    """Counter: milliseconds of a call by the name of kernel or operator, without what it calls. On
+    a GPU its work alone, however long it waits for the host in between."""
+    activities = [ProfilerActivity.CPU]
+    if DEVICE == "cuda":
+        # The host's operators would only slow it down.
+        activities = [ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        for _ in range(calls):
+            first_call(function)
+    attribute = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    times = Counter()
+    for event in profiler.key_averages():
+        # Ranges such as the optimizer's contain what is counted by itself.
+        if event.is_user_annotation:
+            continue
+        times[event.key] += getattr(event, attribute) / calls / 1e3
+    return times
 
 
 def peak_bytes(function):

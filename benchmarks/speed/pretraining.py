@@ -61,8 +61,11 @@ def batches(args):
         at_once = 2 if TOY else max(1, POSITIONS // seqlen)
         mean = sum(c4_lengths(10_000, seqlen)) / 10_000
         count = max(1, round(args.tokens / mean / at_once)) * at_once
-        yield {"lengths": "c4", "seqlen": seqlen}, c4_lengths(count, seqlen)
-        yield {"lengths": "full", "seqlen": seqlen}, [seqlen] * max(1, args.tokens // seqlen)
+        drawn = {
+            "c4": c4_lengths(count, seqlen), "full": [seqlen] * max(1, args.tokens // seqlen)
+        }  # fmt: skip
+        for name in args.lengths:
+            yield {"lengths": name, "seqlen": seqlen}, drawn[name]
 
 
 def project(tokens_per_s, mean_length, args):
@@ -80,6 +83,8 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=["fill-mask", "step"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--seqlens", nargs="+", type=int, default=[128, 2048, 512, 8192])
+    lengths = ["c4", "full"]
+    parser.add_argument("--lengths", nargs="+", choices=lengths, default=lengths, help="on a GPU")
     parser.add_argument("--tokens", type=int, default=POSITIONS, help="of a step, about")
     parser.add_argument("--rounds", type=int, default=7)
     minutes = 20 if on_cpu else 10

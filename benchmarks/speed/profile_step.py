@@ -29,10 +29,17 @@ if __name__ == "__main__":
     toy.choose(sys.argv)
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.records import print_table, recorder
-from benchmarks.speed.clocks import DEVICE, TOY, ceilings, first_call, interleaved, record_file
+from benchmarks.speed.clocks import (
+    DEVICE,
+    TOY,
+    ceilings,
+    first_call,
+    interleaved,
+    kernels,
+    record_file,
+)  # fmt: skip
 from benchmarks.speed.encoders import POSITIONS, SETTINGS, Encoder, make_rows
 from benchmarks.speed.lengths import c4_lengths
 
@@ -113,25 +120,6 @@ def floors(encoder, rows, rates):
         part: max(flop / rates["matmul_tflops"] / 1e9, size / rates["copy_gbytes_per_s"] / 1e6)
         for part, (flop, size) in work.items()
     }
-
-
-def kernels(function, steps):
-    """Counter: milliseconds of a step by the name of kernel or operator, without what it calls."""
-    activities = [ProfilerActivity.CPU]
-    if DEVICE == "cuda":
-        # The host's operators would only slow it down.
-        activities = [ProfilerActivity.CUDA]
-    with profile(activities=activities) as profiler:
-        for _ in range(steps):
-            first_call(function)
-    attribute = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-    times = Counter()
-    for event in profiler.key_averages():
-        # Ranges such as the optimizer's contain what is counted by itself.
-        if event.is_user_annotation:
-            continue
-        times[event.key] += getattr(event, attribute) / steps / 1e3
-    return times
 
 
 def table(times, step_ms, lowest):
