@@ -37,8 +37,8 @@ SKIP_FROM = 1024
 # (sm, padded head_dim, bytes per element): (BLOCK_M, BLOCK_N, warps, stages) of each kernel. A
 # program owns BLOCK_M queries and streams the keys, BLOCK_N at a time; one of "dkdv" owns BLOCK_N
 # keys and streams the queries; one of "block" owns a whole sequence of up to BLOCK_M tokens. Head
-# dims below 64 use the row of 64. Chosen for no spills on Triton 3.9 and not timed:
-# benchmarks/kernel/tune.py does it on a GPU.
+# dims below 64 use the row of 64. (90, 64, 2) was the fastest on an H200 (Triton 3.6); the others
+# are chosen for no spills on Triton 3.9 and not timed: benchmarks/kernel/tune.py does it on a GPU.
 KERNELS = ("forward", "dq", "dkdv", "block")
 TILES = {
     (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1)),

@@ -6,9 +6,9 @@
 results/cpu_pretraining.png: BERT's and ModernBERT's time over ours on a CPU, forward and training
 step; results/cpu_inference.png: the same for embeddings; results/serving.png: BERT's time over ours
 in each way of serving, and which way is fastest. results/gpu.png: the same for training
-steps on a GPU against the length of rows, and attention's time against it. Of each case the newest
-record counts. CPUs of other instructions have panels of their own, other GPUs curves. Prints what
-was drawn and what is missing.
+steps on a GPU against the length of rows, and attention's time against it, forward and backward
+over full rows. Of each case the newest record counts. CPUs of other instructions have panels of
+their own, other GPUs curves. Prints what was drawn and what is missing.
 """
 
 import argparse
@@ -181,14 +181,14 @@ def draw_gpu(folder):
     keys = ("dtype", "task", "lengths", "setting", "seqlen")
     steps = newest(folder, "pretraining", "ratio", *keys)
     keys = ("dtype", "pass", "lengths", "inputs", "provider", "seqlen")
-    attention = newest(folder, "attention", "ms", *keys)
+    attention = newest(folder, "attention", "kernels_ms", *keys)
     panels = (
         [
             ("step", "c4", name, title, steps, "ratio", "time of a step / MosaicBERT's, C4 lengths")
             for name, title in NAMES.items()
         ],
         [
-            ("both", "c4", "N(0, 1)", name, title, attention, "ms", "attention, C4 lengths (ms)")
+            ("both", "fixed", "N(0, 1)", name, title, attention, "kernels_ms", "attention (ms)")
             for name, title in PROVIDERS.items()
         ],
     )
@@ -209,10 +209,14 @@ def draw_gpu(folder):
                 drawn += 1
             axes.set_ylabel(label)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("tokens a row, at most")
+    ratio, time = figure.axes
+    ratio.axhline(1, color="black", linewidth=0.8)
+    ratio.margins(y=0.3)
+    ratio.set_ylim(bottom=0)
+    time.set_yscale("log", base=2)
+    time.yaxis.set_major_formatter("{x:g}")
     if drawn:
         finish(figure, folder / "gpu.png")
     else:

