@@ -33,7 +33,7 @@ BENCH_PYTHON ?= $(BIN)/python
 ON_CPU := pretraining inference memory profile_step serving long_inputs
 ON_GPU := pretraining attention profile_step inference memory
 # After these minutes a script begins nothing more; what it compiles or runs may take another. A model
-# takes half a minute or more to compile for each kind of rows.
+# takes up to half a minute to compile for each kind of rows.
 GPU_FLAGS_pretraining := --minutes 3.5 --settings mosaic-compiled bert-compiled modernbert-compiled
 GPU_FLAGS_attention := --minutes 1.5
 GPU_FLAGS_inference := --minutes 0.5

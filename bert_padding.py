@@ -189,9 +189,9 @@ def pack_flattened(
 
 
 def rounded_up(max_seqlen: int) -> int:
-    """The next power of two, from 128 on: a compiled graph serves one value of max_seqlen, and the
-    kernels take as long for this one as for the longest sequence itself."""
-    return max(128, 1 << (max_seqlen - 1).bit_length())
+    """The next power of two, from 64 on: a compiled graph serves one max_seqlen, and the Triton
+    kernel is as fast for this one, unless its one-block backward holds fewer tokens."""
+    return max(64, 1 << (max_seqlen - 1).bit_length())
 
 
 def packed_before(
@@ -322,9 +322,7 @@ def _find_sequences(tokens, attention_mask, position_ids, labels, compiling):
 
     first = starts.nonzero().squeeze(1)
     cu_seqlens = torch.nn.functional.pad(first, (0, 1), value=total).int()
-    max_seqlen = int(cu_seqlens.diff().max()) if total else 0
-    if compiling:
-        max_seqlen = rounded_up(max_seqlen)
+    max_seqlen = rounded_up(int(cu_seqlens.diff().max())) if total else 0
     # Distances equal index distances unless the mask has holes or position_ids leave gaps.
     first_of_token = first[starts.cumsum(0) - 1]
     distances = ids - ids[first_of_token]

@@ -31,14 +31,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Tokens per entry of a tile map, and the longest row that needs no map. Every block divides it.
 MAP_ROWS = tl.constexpr(128)
-# The shortest max_seqlen at which reading q and k once more, to bound their products, pays.
-SKIP_FROM = 1024
+# The longest max_seqlen at which reading q and k once more, to bound their products, does not pay.
+SKIP_ABOVE = 1024
 
 # (sm, padded head_dim, bytes per element): (BLOCK_M, BLOCK_N, warps, stages) of each kernel. A
 # program owns BLOCK_M queries and streams the keys, BLOCK_N at a time; one of "dkdv" owns BLOCK_N
 # keys and streams the queries; one of "block" owns a whole sequence of up to BLOCK_M tokens. Head
-# dims below 64 use the row of 64. (90, 64, 2) was the fastest on an H200 (Triton 3.6); the others
-# are chosen for no spills on Triton 3.9 and not timed: benchmarks/kernel/tune.py does it on a GPU.
+# dims below 64 use the row of 64. (90, 64, 2) was the fastest on an H200 (Triton 3.6; 2,048 tokens,
+# and 128 of "block"); the others are chosen for no spills on Triton 3.9 and not timed:
+# benchmarks/kernel/tune.py does it on a GPU.
 KERNELS = ("forward", "dq", "dkdv", "block")
 TILES = {
     (80, 64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1)),
@@ -766,7 +767,8 @@ def flash_attn_varlen_qkvpacked_func(
     Args:
         qkv: (total, 3, heads, head_dim), any strides with a contiguous last axis
         cu_seqlens: (batch + 1,) int32, where sequences begin and, last, total
-        max_seqlen: at least the longest sequence; rounding it up to a power of two is free
+        max_seqlen: at least the longest sequence; it is free to round it up to a power of two, from
+            128 on
         dropout_p: chance of an attention weight to be dropped, the others being scaled up
         softmax_scale: positive, by default 1 / sqrt(head_dim)
         alibi_slopes: (heads,) fp32, no bias without it
@@ -804,7 +806,7 @@ def flash_attn_varlen_qkvpacked_func(
     elif tile_map is None:
         tile_map = build_tile_map(cu_seqlens, total)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    skip = skip_far_tiles and alibi_slopes is not None and max_seqlen >= SKIP_FROM
+    skip = skip_far_tiles and alibi_slopes is not None and max_seqlen > SKIP_ABOVE
     out, lse, _ = _forward(
         qkv, cu_seqlens, tile_map, alibi_slopes, position_ids, seed,
         max_seqlen, dropout_p, scale, skip,

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import torch
 
-from bert_padding import pack_batch, rounded_up
+from bert_padding import pack_batch
 
 
 class MaskingCollator:
@@ -71,7 +71,7 @@ class MaskingCollator:
         if self.unpads:
             mask, positions = batch.pop("attention_mask"), batch.pop("position_ids", None)
             packed = pack_batch(batch["input_ids"], mask, positions, batch["labels"])
-            batch["batch"] = packed._asdict() | {"max_seqlen": rounded_up(packed.max_seqlen)}
+            batch["batch"] = packed._asdict()
         return batch
 
     def mask(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -293,7 +293,7 @@ def attention_case(monkeypatch):
 def test_attention_counts_flop_bytes_and_its_share_of_the_roofline(attention_case, monkeypatch):
     """Of what the kernels took, which is less than a call."""
     monkeypatch.setattr(attention, "milliseconds", lambda function: (0.005, 0.001, 0.009))
-    monkeypatch.setattr(attention, "kernels", lambda *_: Counter(one=0.0015, other=0.0005))
+    monkeypatch.setattr(attention, "kernel_times", lambda *_: Counter(one=0.0015, other=0.0005))
     rates = {"matmul_tflops": 1e-3, "copy_gbytes_per_s": 0.5}
     found = {x["pass"]: x for x in attention.measure("ours", attention_case, rates)}
     # Scores: 2 heads x (9 + 25); out: 8 x 2 x 4 float32; lse: 8 x 2 float32.

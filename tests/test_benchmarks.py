@@ -198,7 +198,7 @@ def test_gpus_of_other_names_have_curves_of_their_own(tmp_path, monkeypatch):
 def test_attention_is_drawn_by_the_gpus_own_time(tmp_path, monkeypatch):
     case = {"dtype": "bfloat16", "pass": "both", "inputs": "N(0, 1)", "device": "Chip"}
     case |= {"lengths": "fixed", "provider": "ours", "ms": 9.0}
-    # The newest of the first has no such time: it is an older script's.
+    # An older script's record, without kernels_ms, must not replace the first.
     records = [case | {"seqlen": x, "kernels_ms": x / 128} for x in (128, 512)]
     records += [case | {"seqlen": 128}, case | {"lengths": "c4", "seqlen": 128, "kernels_ms": 7}]
     (tmp_path / "attention.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -205,6 +205,17 @@ def test_compile_in_training_never_recompiles_as_tokens_and_labels_change(
 
 
 @needs_compile
+@needs_triton
+@NEEDS_INTERPRETER
+def test_rows_of_any_length_take_at_most_four_graphs(monkeypatch):
+    """The first max_seqlen has its own; then up to 128, up to SKIP_ABOVE, and beyond."""
+    monkeypatch.setattr(sys.modules["mosaic_bert.flash_attn_triton"], "SKIP_ABOVE", 256)
+    batches = [make_batch(n, 3, seqlen=260) for n in (40, 100, 60, 140, 257)]
+    with torch.no_grad():
+        assert compiled_graphs(make(BertModel, "triton"), batches) == 4
+
+
+@needs_compile
 def test_the_compiled_attention_operator_is_sound():
     torch.manual_seed(0)
     qkv = torch.randn(12, 3, 2, 8, requires_grad=True)

@@ -151,7 +151,7 @@ def test_output_and_gradients_match_the_oracle(
     )
     with pytest.MonkeyPatch.context() as patch:
         use_tiles(patch, tiles)
-        patch.setattr(module, "SKIP_FROM", 1)
+        patch.setattr(module, "SKIP_ABOVE", 1)
         assert_matches(qkv, dout, cu_seqlens, slopes, position_ids, **options)
 
 
@@ -269,7 +269,7 @@ def test_more_than_two_to_the_31_elements(axis, tiles):
 def test_far_tiles_are_not_read(monkeypatch):
     """NaN far away reaches the result only where the tiles are visited."""
     use_tiles(monkeypatch, "block")
-    monkeypatch.setattr(module, "SKIP_FROM", 1)
+    monkeypatch.setattr(module, "SKIP_ABOVE", 1)
     qkv, cu_seqlens, _, dout = make_batch([256], 1, 16)
     slopes = torch.tensor([2.0], device=DEVICE)
     for forward in (True, False):
@@ -286,7 +286,7 @@ def test_far_tiles_are_not_read(monkeypatch):
 @pytest.mark.parametrize("holes", [False, True], ids=["dense", "holes"])
 def test_skipping_long_rows_matches_the_oracle(monkeypatch, holes):
     use_tiles(monkeypatch, "block")
-    monkeypatch.setattr(module, "SKIP_FROM", 256)
+    monkeypatch.setattr(module, "SKIP_ABOVE", 256)
     lengths = [300, 3]
     qkv, cu_seqlens, _, dout = make_batch(lengths, 2, 16)
     slopes = torch.tensor([2.0, 0.5], device=DEVICE)
@@ -297,7 +297,7 @@ def test_skipping_long_rows_matches_the_oracle(monkeypatch, holes):
 def test_a_far_key_that_outweighs_its_distance_is_seen(monkeypatch):
     """With large norms the bound must keep what a fixed distance would leave out."""
     use_tiles(monkeypatch, "block")
-    monkeypatch.setattr(module, "SKIP_FROM", 256)
+    monkeypatch.setattr(module, "SKIP_ABOVE", 256)
     qkv, cu_seqlens, _, dout = make_batch([300], 2, 16, torch.float16)
     qkv = qkv.detach()
     qkv[5, 0] = 16 * qkv[5, 0].sign()
@@ -309,7 +309,7 @@ def test_a_far_key_that_outweighs_its_distance_is_seen(monkeypatch):
 
 def test_slopes_that_bound_nothing_skip_nothing(monkeypatch):
     use_tiles(monkeypatch, "square")
-    monkeypatch.setattr(module, "SKIP_FROM", 1)
+    monkeypatch.setattr(module, "SKIP_ABOVE", 1)
     qkv, cu_seqlens, _, dout = make_batch([100], 3, 16)
     slopes = torch.tensor([0.0, -0.01, 1e-30], device=DEVICE)
     assert_matches(qkv, dout, cu_seqlens, slopes)
@@ -386,7 +386,7 @@ def test_dropout_gradients_match_the_oracle_with_the_same_mask(tiles):
 
 
 def test_two_runs_agree_to_the_bit(monkeypatch, tiles):
-    monkeypatch.setattr(module, "SKIP_FROM", 1)
+    monkeypatch.setattr(module, "SKIP_ABOVE", 1)
     qkv, cu_seqlens, slopes, dout = make_batch([70, 40], 2, 16)
     options = dict(alibi_slopes=slopes, dropout_p=0.2, seed=seed_of(5))
     first, second = (kernel_of(qkv, dout, cu_seqlens, **options) for _ in range(2))
@@ -647,7 +647,7 @@ def test_all_kernels_compile_without_spills(row):
 
 @pytest.mark.parametrize("sm, at_most", [(80, 1.15), (90, 1.2)])
 def test_alibi_costs_at_most_a_fifth_more_instructions(sm, at_most):
-    """Of sm_90 more than of sm_80, since smaller tiles, faster by far, share fewer scalars."""
+    """Of sm_90 more than of sm_80: its smaller tiles, which are faster, share fewer scalars."""
     figures = few_resources()
     for kernel in ("forward", "dq", "dkdv"):
         none, alibi = (

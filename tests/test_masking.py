@@ -90,6 +90,6 @@ def test_packed_rows_have_positions_that_begin_anew():
     batch = MaskingCollator(Tokenizer(), 0.3, seed=1, unpads=True)([row, short])
     assert set(batch) == {"input_ids", "labels", "batch"}
     assert batch["batch"]["cu_seqlens"].tolist() == [0, 3, 7, 9]
-    assert batch["batch"]["max_seqlen"] == 128
+    assert batch["batch"]["max_seqlen"] == 64
     labelled = batch["labels"].flatten()[batch["batch"]["indices"]] != -100
     assert batch["batch"]["labelled_indices"].tolist() == labelled.nonzero().flatten().tolist()

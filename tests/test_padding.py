@@ -36,21 +36,29 @@ def test_unpadding_keeps_real_tokens_and_padding_puts_zeros_around_them(mask, dt
 
 
 @pytest.mark.parametrize(
-    "mask, cu_seqlens, max_seqlen, positions",
+    "mask, cu_seqlens, positions",
     [
-        ([[1, 1, 1, 0], [1, 0, 0, 0]], [0, 3, 4], 3, None),
-        ([[0, 0, 1, 1], [0, 0, 0, 1]], [0, 2, 3], 2, None),
-        ([[1, 0, 0, 1], [0, 1, 0, 1]], [0, 2, 4], 2, [0, 3, 0, 2]),
-        ([[0, 0, 0, 0], [1, 1, 0, 0]], [0, 2], 2, None),
-        ([[0, 0, 0, 0], [0, 0, 0, 0]], [0], 0, None),
+        ([[1, 1, 1, 0], [1, 0, 0, 0]], [0, 3, 4], None),
+        ([[0, 0, 1, 1], [0, 0, 0, 1]], [0, 2, 3], None),
+        ([[1, 0, 0, 1], [0, 1, 0, 1]], [0, 2, 4], [0, 3, 0, 2]),
+        ([[0, 0, 0, 0], [1, 1, 0, 0]], [0, 2], None),
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], [0], None),
     ],
 )
-def test_sequences_and_distances_come_from_the_mask(mask, cu_seqlens, max_seqlen, positions):
+def test_sequences_and_distances_come_from_the_mask(mask, cu_seqlens, positions):
     batch = pack_batch(torch.zeros(2, 4), torch.tensor(mask))
     assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.tolist() == cu_seqlens
-    assert batch.max_seqlen == max_seqlen
     assert (batch.positions is None) == (positions is None)
     assert positions is None or batch.positions.tolist() == positions
+
+
+@pytest.mark.parametrize(
+    "longest, max_seqlen",
+    [(0, 0), (1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (1024, 1024), (1025, 2048)],
+)
+def test_the_longest_sequence_is_rounded_up_so_that_compiled_graphs_serve_more(longest, max_seqlen):
+    mask = torch.arange(1100) < torch.tensor([longest, longest // 2])[:, None]
+    assert pack_batch(torch.zeros(2, 1100), mask).max_seqlen == max_seqlen
 
 
 def test_no_mask_means_full_rows():
@@ -100,7 +108,7 @@ def test_a_packed_batch_moves_to_a_device_with_its_numbers():
     packed = pack_batch(torch.zeros(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
     for moved in (send_to_device(packed, "meta"), send_to_device(packed._asdict(), "meta")):
         moved = packed_before(moved, torch.zeros(2, 4), None, None)
-        assert moved[:2] == (2, 4) and moved.max_seqlen == 3 and moved.labelled_indices is None
+        assert moved[:2] == (2, 4) and moved.max_seqlen == 64 and moved.labelled_indices is None
         assert moved.indices.device.type == moved.cu_seqlens.device.type == "meta"
 
 

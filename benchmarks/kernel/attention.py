@@ -7,7 +7,8 @@ starts, so a provider's first rows show what a new process waits for, unless one
 kernels came before. Then output and gradients must pass the tests' error rule on a small batch.
 Other times are medians with 20 and 80 % quantiles of triton.testing.do_bench, which empties the L2
 before each call: "ms", a call from Python, which short kernels wait for. "kernels_ms" is the GPU's
-own work, as torch.profiler counts it: what a call costs where the host runs ahead, as in training.
+own work, as torch.profiler counts it, the mean of CALLS: what a call costs where the host runs
+ahead, as in training.
 What a batch needs once for all layers (tile map, BlockMask, dense bias) is measured apart, as
 "prepare". Rates are of "kernels_ms": TFLOP/s count every score within a sequence, skipped ones too;
 GB/s count qkv, out, lse, dout and dqkv once; neither counts padding. "roofline" is the time that
@@ -44,7 +45,7 @@ from benchmarks.speed.clocks import (
     Deadline,
     ceilings,
     first_call,
-    kernels,
+    kernel_times,
     peak_bytes,
     record_file,
     why,
@@ -100,7 +101,7 @@ def measure(provider, shape, rates):
         ms, low, high = milliseconds(function)
         row = {"pass": name, "ms": ms, "p20": low, "p80": high, "first_ms": first[name]}
         row["peak_bytes"] = peak_bytes(function)
-        row["kernels_ms"] = kernels_ms = kernels(function, CALLS).total()
+        row["kernels_ms"] = kernels_ms = kernel_times(function, CALLS).total()
         if name != "prepare":
             row["tflops"] = FLOP_PER_SCORE[name] * scores * shape.head_dim / kernels_ms / 1e9
             row["gbytes_per_s"] = bytes_moved[name] / kernels_ms / 1e6

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "tests"))
 from reference import alibi_attention, assert_as_close
 
 if TOY:
-    ours.SKIP_FROM = 16
+    ours.SKIP_ABOVE = 16
 
 
 def require_device():

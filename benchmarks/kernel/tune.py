@@ -19,7 +19,6 @@ Output: a JSON line per candidate, appended to --output too, then the rows to pa
 import argparse
 import itertools
 import multiprocessing
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,7 +40,8 @@ from benchmarks.kernel.common import (
     slopes_of,
 )  # fmt: skip
 from benchmarks.records import recorder
-from benchmarks.speed.clocks import DEVICE, FAILURES, TOY, kernels, record_file, why
+from benchmarks.speed.clocks import DEVICE, FAILURES, TOY, kernel_times, record_file, why
+from mosaic_tools.devices import usable_cores
 
 DTYPES = {2: torch.float16 if TOY else torch.bfloat16, 4: torch.float32}
 # Accumulators of (owned tokens, head_dim) that a kernel keeps in registers.
@@ -49,7 +49,7 @@ ACCUMULATORS = {"forward": 1, "dq": 1, "dkdv": 2}
 REGISTERS = 255
 # A one-block backward shorter than any row sends all rows to the two-pass kernels.
 TWO_PASS = (0, 0, 4, 1)
-# Of queries and of keys by the bytes of an element. A toy must still have all kernels and a choice
+# Of queries and of keys, by the bytes of an element. A toy must still have all kernels and a choice
 # between two tiles.
 BLOCKS = {2: ((32, 64, 128), (32, 64, 128)), 4: ((16, 32, 64, 128), (16, 32, 64))}
 WARPS, STAGES = ((4, 8), (1, 2, 3, 4))
@@ -108,10 +108,11 @@ def check(row, tiles, lengths):
     assert_correct(out.detach(), grad, qkv, dout, cu_seqlens, slopes)
 
 
-def judge(row, tiles, lengths):
+def judge(row, tiles, batches):
     """Why these tiles are no good, or None. Triton's cache then has what was compiled."""
     try:
-        check(row, tiles, lengths)
+        for lengths in batches:
+            check(row, tiles, lengths)
     except FAILURES as err:
         return why(err)
 
@@ -127,9 +128,8 @@ def clock(case, backward):
                 return attend(case)
             return torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
-    for calls in (2, 1 if TOY else 20):
-        times = kernels(run, calls)
-    return times.total()
+    kernel_times(run, 2)
+    return kernel_times(run, 1 if TOY else 20).total()
 
 
 class Tuner:
@@ -141,13 +141,15 @@ class Tuner:
         self.choices = {x: candidates(x, row, self.tiles[x]) for x in ACCUMULATORS if x in names}
         # Lengths whose sum is divisible by 16, as that of the batches that are timed: for others
         # Triton would compile once more.
-        half = self.args.seqlen // 2
-        jobs = {(name, x): [half + 1, 15] for name, tiles in self.choices.items() for x in tiles}
-        for block, tiles in blocks(row).items() if "block" in names else ():
-            jobs |= {("block", x): [block, block - 1, 1] for x in (TWO_PASS, *tiles)}
+        batch = [args.seqlen // 2 + 1, 15]
+        jobs = {(name, x): [batch] for name, tiles in self.choices.items() for x in tiles}
+        if "block" in names:
+            short = {block: [block, block - 1, 1] for block in blocks(row)}
+            jobs |= {("block", x): [short[x[0]]] for tiles in blocks(row).values() for x in tiles}
+            jobs["block", TWO_PASS] = list(short.values())
         waiting = {
-            (name, tile): pool.submit(judge, row, self.tiles_with(name, tile), lengths)
-            for (name, tile), lengths in jobs.items()
+            (name, tile): pool.submit(judge, row, self.tiles_with(name, tile), batches)
+            for (name, tile), batches in jobs.items()
         }
         self.left_out = {key: future.result() for key, future in waiting.items()}
 
@@ -157,15 +159,16 @@ class Tuner:
 
     def attempt(self, direction, tile, seqlen):
         """Milliseconds with `tile` in place of the present one, inf if it is no good."""
-        ms, reason = float("inf"), self.left_out[direction, tile]
         figures = {"row": self.row, "kernel": direction, "tile": tile, "seqlen": seqlen}
-        if reason is None:
-            use(self.tiles_with(direction, tile))
-            lengths = [seqlen] * max(1, self.args.tokens // seqlen)
-            case = make_case(self.row, lengths, self.args.heads)
-            figures["ms"] = ms = clock(case, backward=direction != "forward")
-        self.log(figures | ({"left_out": reason} if reason else {}))
-        return ms
+        if reason := self.left_out[direction, tile]:
+            self.log(figures | {"left_out": reason})
+            return float("inf")
+        use(self.tiles_with(direction, tile))
+        lengths = [seqlen] * max(1, self.args.tokens // seqlen)
+        case = make_case(self.row, lengths, self.args.heads)
+        figures["ms"] = clock(case, backward=direction != "forward")
+        self.log(figures)
+        return figures["ms"]
 
     def stream(self, direction):
         """The fastest tile of a kernel that streams tokens."""
@@ -200,7 +203,7 @@ def main():
     parser.add_argument("--seqlen", type=int, default=64 if TOY else 2048)
     parser.add_argument("--tokens", type=int, default=64 if TOY else 65_536)
     parser.add_argument("--heads", type=int, default=1 if TOY else 12)
-    parser.add_argument("--processes", type=int, default=2 if TOY else os.cpu_count() - 2)
+    parser.add_argument("--processes", type=int, default=2 if TOY else usable_cores())
     parser.add_argument("--output", default=record_file("tune"))
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()

@@ -88,7 +88,7 @@ def interleaved(functions, rounds, repeats=1, seconds=math.inf):
     return {name: quantiles(x) for name, x in samples(functions, rounds, repeats, seconds).items()}
 
 
-def kernels(function, calls):
+def kernel_times(function, calls):
     """Counter: milliseconds of a call by the name of kernel or operator, without what it calls. On
     a GPU its work alone, however long it waits for the host in between."""
     activities = [ProfilerActivity.CPU]

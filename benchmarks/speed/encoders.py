@@ -266,7 +266,7 @@ class Encoder:
     def check(self):
         """AssertionError unless loss and gradients, not compiled and without dropout, are those of
         the same weights in float32, with padding and plain attention."""
-        # From 1024 tokens on (SKIP_FROM) our kernels skip tiles.
+        # Above 1024 tokens (SKIP_ABOVE) our kernels skip tiles.
         longest = 1100 if DEVICE == "cuda" and self.setting.model == "mosaic" else 300
         rows = make_rows([40, 3, 17] if TOY else [longest, 3, 129])
 

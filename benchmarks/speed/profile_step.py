@@ -37,7 +37,7 @@ from benchmarks.speed.clocks import (
     ceilings,
     first_call,
     interleaved,
-    kernels,
+    kernel_times,
     record_file,
 )  # fmt: skip
 from benchmarks.speed.encoders import POSITIONS, SETTINGS, Encoder, make_rows
@@ -178,7 +178,7 @@ def main():
     facts = {"setting": args.setting, "dtype": args.dtype, "lengths": args.lengths} | rates
     facts |= {"task": args.task, "threads": args.threads}
     facts |= {"seqlen": args.seqlen, "rows": len(lengths), "tokens": sum(lengths)}
-    found = table(kernels(step, args.steps), step_ms, floors(encoder, rows, rates))
+    found = table(kernel_times(step, args.steps), step_ms, floors(encoder, rows, rates))
     for row in found:
         record(facts | row)
     print_table(found, COLUMNS)
