@@ -325,6 +325,53 @@ def test_an_error_of_tritons_is_a_skipped_row(attention_case, monkeypatch):
     assert row["skipped"].startswith("OutOfResources: out of resource: shared memory, Required: 3")
 
 
+class AtOnce:
+    """A pool that does what it is given at once."""
+
+    def submit(self, function, *args):
+        result = function(*args)
+        return SimpleNamespace(result=lambda: result)
+
+
+@pytest.mark.parametrize("kernels", [["forward"], ["forward", "dq", "dkdv", "block"]], ids=len)
+def test_tuning_takes_the_fastest_tile_that_is_right(monkeypatch, kernels):
+    """Small tiles are fastest here but wrong, the next do not fit; one-block rows pay up to 64."""
+    tune = pytest.importorskip("benchmarks.kernel.tune")
+    errors = pytest.importorskip("triton.runtime.errors")
+    monkeypatch.setattr(tune.ours, "tile_shape", None)
+    monkeypatch.setattr(tune, "make_case", lambda row, lengths, heads: lengths)
+    monkeypatch.setattr(tune, "BLOCKS", {2: ((32, 64, 128), (32, 64))})
+
+    def check(row, tiles, lengths):
+        if any(tiles[x][:2] == (32, 32) for x in ("forward", "dq", "dkdv")):
+            raise AssertionError("off")
+        if any(tiles[x][:2] == (32, 64) for x in ("forward", "dq", "dkdv")):
+            raise errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    def clock(lengths, backward):
+        tiles = {x: tune.ours.tile_shape(None, x) for x in tune.ours.KERNELS}
+        if tiles["block"][0]:
+            return {128: 9.0, 64: 1.0}[tiles["block"][0]] + tiles["block"][2] / 8
+        names = ("dq", "dkdv") if backward else ("forward",)
+        return (
+            float(sum(tiles[x][0] * tiles[x][1] + 10 * tiles[x][2] - tiles[x][3] for x in names))
+            / 1000
+        )
+
+    monkeypatch.setattr(tune, "check", check)
+    monkeypatch.setattr(tune, "clock", clock)
+    row, log = (90, 64, 2), []
+    args = SimpleNamespace(kernels=kernels, seqlen=256, tokens=512, heads=2)
+    tuner = tune.Tuner(row, args, log.append, AtOnce())
+    tuner.tune()
+    best = dict.fromkeys(("forward", "dq", "dkdv"), (64, 32, 4, 4)) | {"block": (64, 64, 4, 1)}
+    assert tuner.tiles == tune.ours.TILES[row] | {x: best[x] for x in kernels}
+    assert {x["kernel"] for x in log} == set(kernels)
+    reasons = {tuple(x["tile"][:2]): x["left_out"] for x in log if "left_out" in x}
+    assert reasons[32, 32] == "AssertionError: off" and "shared memory" in reasons[32, 64]
+    assert all(("ms" in x) != ("left_out" in x) for x in log)
+
+
 # Learning's
 
 
