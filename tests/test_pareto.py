@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_python
+from matplotlib.figure import Figure
 from training import DOCUMENTS, RUN_IN_PLACE, SIZES, flags, run, write_vocab
 from transformers import BertTokenizerFast
 
@@ -355,6 +356,31 @@ def test_a_sentence_scores_what_its_tokens_have_where_each_is_masked(build, tmp_
     for rows in (3, 256):
         found = acceptability.score(model, tokenizer, sentences, rows)
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        pareto_results, "Figure", lambda **x: figures.append(Figure(**x)) or figures[-1]
+    )
+    run = {"seed": 1, "seconds": 60.0, "tokens": 10**6, "flop": 1e12, "scores": {}}
+    runs = [
+        run | {"model": model, "minutes": 1, "eval_loss": loss, "cola_auc": auc}
+        for model, loss, auc in (("mosaic", 4.0, 0.6), ("bert", 5.0, 0.55), ("untrained", 9.0, 0.5))
+    ]
+    rows = [pareto_results.summary([x], runs[:1], runs[2:]) for x in runs]
+    pareto_results.draw(rows, [], tmp_path / "with.png")
+    assert (tmp_path / "with.png").stat().st_size > 1000
+    panels = figures[0].axes
+    assert [x.get_ylabel() for x in panels[:2]] == [
+        pareto_results.LABELS["loss"], pareto_results.LABELS["cola_auc"]
+    ]  # fmt: skip
+    heights = [float(line.get_ydata()[0]) for line in panels[1].lines if len(line.get_ydata())]
+    assert {0.6, 0.55, 0.5} <= set(heights)
+    del runs[1]["cola_auc"]
+    rows = [pareto_results.summary([x], runs[:1], runs[2:]) for x in runs]
+    pareto_results.draw(rows, [], tmp_path / "without.png")
+    assert len(figures[1].axes) == 2
 
 
 @pytest.mark.slow

@@ -57,8 +57,9 @@ before fold) and 30,522 entries, so that both folders take less than 40 MB:
         --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' --finetune_rates 5e-5 \
         --rates mosaic=5e-4 bert=5e-4
 
-Adds a record for each run and budget to pareto.jsonl, draws pareto.png if there are tasks, and
-prints a table. The last line is JSON: how each model differs from MosaicBERT at the longest budget.
+Adds a record for each run and budget to pareto.jsonl, draws pareto.png if there are tasks or
+--cola, and prints a table. The last line is JSON: how each model differs from MosaicBERT at the
+longest budget.
 """
 
 import argparse
@@ -437,7 +438,7 @@ def main():
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
     rows = [summary(runs, ours, floor) for runs in found.values()]
-    if args.tasks:
+    if args.tasks or args.cola:
         draw(rows, args.tasks, args.results / "pareto.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
     formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}

@@ -81,7 +81,8 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
     losses = [x["eval_loss"] for x in runs]
     row |= {"loss": mean(losses), "all loss": losses}
     if all("cola_auc" in x for x in runs):
-        row["cola_auc"] = mean(x["cola_auc"] for x in runs)
+        row["all cola_auc"] = [x["cola_auc"] for x in runs]
+        row["cola_auc"] = mean(row["all cola_auc"])
     for name, (key, _) in AXES.items():
         row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
     for task in runs[0]["scores"]:
@@ -101,12 +102,14 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
 LABELS = {"loss": "held-out loss, 15 % masked (nats)", "sst2": "SST-2, accuracy"}
 LABELS |= {"stsb": "STS-B, Spearman", "mrpc": "MRPC, mean of accuracy and F1"}
 LABELS |= {"cola": "CoLA, Matthews", "rte": "RTE, accuracy"}
+LABELS |= {"cola_auc": "CoLA, area under ROC curve"}
 
 
 def draw(rows: list[dict], tasks: list[str], path: Path):
-    """Held-out loss and each task's score against minutes and FLOP: means over seeds, with bars
-    from the worst to the best. In grey, from worst to best, fine-tuning without pre-training."""
-    quantities = ["loss", *tasks]
+    """Held-out loss, each task's score and, if known, CoLA's AUC against minutes and FLOP: means
+    over seeds, with bars from the worst to the best. In grey, from worst to best, what there is
+    without pre-training, tasks being fine-tuned."""
+    quantities = ["loss", *tasks, *["cola_auc"] * all("cola_auc" in row for row in rows)]
     figure = Figure(figsize=(4.2 * len(quantities), 7), layout="constrained")
     grid = figure.subplots(2, len(quantities), sharex="row", sharey="col", squeeze=False)
     for panels, x in zip(grid, ("minutes", "TFLOP"), strict=True):
@@ -125,7 +128,7 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             for row in rows:
                 if row["model"] == "untrained" and y != "loss":
                     panel.axhspan(min(row[f"all {y}"]), max(row[f"all {y}"]), color="0.9")
-                    panel.axhline(row[y], color="grey", linestyle="--", label="fine-tuned only")
+                    panel.axhline(row[y], color="grey", linestyle="--", label="no pre-training")
             panel.set(xscale="log", xlabel=f"{x} of pre-training", ylabel=LABELS.get(y, y))
             panel.grid(alpha=0.3)
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
