@@ -182,22 +182,14 @@ def draw_gpu(folder):
     steps = newest(folder, "pretraining", "ratio", *keys)
     keys = ("dtype", "pass", "lengths", "inputs", "provider", "seqlen")
     attention = newest(folder, "attention", "kernels_ms", *keys)
+    passes = "attention, full rows, both passes (ms)"
     panels = (
         [
             ("step", "c4", name, title, steps, "ratio", "time of a step / MosaicBERT's, C4 lengths")
             for name, title in NAMES.items()
         ],
         [
-            (
-                "both",
-                "fixed",
-                "N(0, 1)",
-                name,
-                title,
-                attention,
-                "kernels_ms",
-                "attention, full rows, both passes (ms)",
-            )
+            ("both", "fixed", "N(0, 1)", name, title, attention, "kernels_ms", passes)
             for name, title in PROVIDERS.items()
         ],
     )

@@ -278,7 +278,8 @@ def test_unpadding_and_padding_undo_each_other(rows, more, width, seed):
     assert torch.equal(again[kept], tokens) and not again[~kept].any()
     lengths = [n for n, _ in rows if n]
     assert batch.cu_seqlens.tolist() == [0, *accumulate(lengths)]
-    assert batch.max_seqlen >= max(lengths, default=0)
+    longest = max(lengths, default=0)
+    assert batch.max_seqlen == (0 if longest == 0 else 64 if longest <= 64 else 128)
 
 
 @cases(3500)
@@ -296,7 +297,7 @@ def test_every_sequence_of_a_packed_row_is_found(rows, more, step):
     batch = pack_batch(mask, mask, position_ids)
     lengths = sum(rows, [])
     assert batch.cu_seqlens.tolist() == [0, *accumulate(lengths)]
-    assert batch.max_seqlen >= max(lengths)
+    assert batch.max_seqlen == 64
     by_index = torch.cat([torch.arange(n) for n in lengths]).int()
     found = by_index if batch.positions is None else batch.positions
     assert found.tolist() == sum(places, [])

@@ -17,6 +17,7 @@ Output: a JSON line per candidate, appended to --output too, then the rows to pa
 """
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -120,14 +121,11 @@ def judge(row, tiles, batches):
 def clock(case, backward):
     """Milliseconds of the kernels of the forward or of the backward pass."""
     qkv, _, _, dout = case
-    out = attend(case)
-
-    def run():
-        with torch.set_grad_enabled(backward):
-            if not backward:
-                return attend(case)
-            return torch.autograd.grad(out, qkv, dout, retain_graph=True)
-
+    if backward:
+        out = attend(case)
+        run = functools.partial(torch.autograd.grad, out, qkv, dout, retain_graph=True)
+    else:
+        run = functools.partial(attend, case)
     kernel_times(run, 2)
     return kernel_times(run, 1 if TOY else 20).total()
 
@@ -144,9 +142,11 @@ class Tuner:
         batch = [args.seqlen // 2 + 1, 15]
         jobs = {(name, x): [batch] for name, tiles in self.choices.items() for x in tiles}
         if "block" in names:
-            short = {block: [block, block - 1, 1] for block in blocks(row)}
-            jobs |= {("block", x): [short[x[0]]] for tiles in blocks(row).values() for x in tiles}
-            jobs["block", TWO_PASS] = list(short.values())
+            jobs["block", TWO_PASS] = []
+            for block, tiles in blocks(row).items():
+                short = [block, block - 1, 1]
+                jobs |= {("block", x): [short] for x in tiles}
+                jobs["block", TWO_PASS].append(short)
         waiting = {
             (name, tile): pool.submit(judge, row, self.tiles_with(name, tile), batches)
             for (name, tile), batches in jobs.items()

@@ -109,7 +109,9 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
     """Held-out loss, each task's score and, if known, CoLA's AUC against minutes and FLOP: means
     over seeds, with bars from the worst to the best. In grey, from worst to best, what there is
     without pre-training, tasks being fine-tuned."""
-    quantities = ["loss", *tasks, *["cola_auc"] * all("cola_auc" in row for row in rows)]
+    quantities = ["loss", *tasks]
+    if all("cola_auc" in row for row in rows):
+        quantities.append("cola_auc")
     figure = Figure(figsize=(4.2 * len(quantities), 7), layout="constrained")
     grid = figure.subplots(2, len(quantities), sharex="row", sharey="col", squeeze=False)
     for panels, x in zip(grid, ("minutes", "TFLOP"), strict=True):
