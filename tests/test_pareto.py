@@ -383,6 +383,39 @@ def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, monkeypatch):
     assert len(figures[1].axes) == 2
 
 
+def test_the_figure_of_differences_has_a_dot_for_each_seed(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        pareto_results, "Figure", lambda **x: figures.append(Figure(**x)) or figures[-1]
+    )
+    # At 2 minutes MosaicBERT has 5.0 and 5.2; at 2^0.5, halfway to what it has at 1, 5.6.
+    losses = {("mosaic", 1): (6.0, 6.2), ("mosaic", 2): (5.0, 5.2)}
+    losses |= {("no_glu", 2): (5.7, 5.9), ("muon", 2): (4.9, 4.8)}
+    cost = {("no_glu", 2): 2**0.5}
+    runs = {
+        (model, minutes): [
+            {"model": model, "minutes": minutes, "seed": seed, "eval_loss": loss, "scores": {}}
+            | {"seconds": 60.0 * cost.get((model, minutes), minutes)}
+            | {"tokens": 10**6 * minutes, "flop": 1e12 * minutes}
+            for seed, loss in enumerate(found)
+        ]
+        for (model, minutes), found in losses.items()
+    }
+    ours = runs["mosaic", 1] + runs["mosaic", 2]
+    rows = [pareto_results.summary(x, ours, []) for x in runs.values()]
+    pareto_results.draw_differences(rows, tmp_path / "differences.png")
+    assert (tmp_path / "differences.png").stat().st_size > 1000
+    minutes, tokens = figures[0].axes
+    assert [x.get_text() for x in minutes.get_yticklabels()] == ["no GLU", "Muon"]
+
+    def dots(panel):
+        return [line.get_xdata() for line in panel.lines if line.get_marker() == "o"]
+
+    for panel, no_glu in ((minutes, [0.1, 0.3]), (tokens, [0.6, 0.8])):
+        for found, expected in zip(dots(panel), (no_glu, [-0.2, -0.3]), strict=True):
+            assert found == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_a_toy_run_records_draws_and_is_not_repeated(tmp_path):
     # Rows of 12 tokens, some of which are padding, enough of them that no batch is without a mask:

@@ -57,9 +57,9 @@ before fold) and 30,522 entries, so that both folders take less than 40 MB:
         --hidden_size 768 --layers 12 --bert_mlp 4 --rows 256 --finetune '' --finetune_rates 5e-5 \
         --rates mosaic=5e-4 bert=5e-4
 
-Adds a record for each run and budget to pareto.jsonl, draws pareto.png if there are tasks or
---cola, and prints a table. The last line is JSON: how each model differs from MosaicBERT at the
-longest budget.
+Adds a record for each run and budget to pareto.jsonl, and prints a table. Draws pareto.png if
+there are tasks or --cola, and ablations.png if there are MosaicBERTs with one thing changed. The
+last line is JSON: how each model differs from MosaicBERT at the longest budget.
 """
 
 import argparse
@@ -75,7 +75,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.learning.ablations import SWAPS, model_module
-from benchmarks.learning.pareto_results import AXES, draw, summary
+from benchmarks.learning.pareto_results import AXES, draw, draw_differences, summary
 from benchmarks.learning.side_by_side import curve, each_on_a_core, words_of
 from benchmarks.records import RESULTS, ROOT, environment, place, print_table
 from mosaic_tools.checkpoints import newest_checkpoint
@@ -99,6 +99,8 @@ MODELS = {
     "masking_falls": {"mlm_probability": 0.15},
     "muon": {"optim": "muon"},
     "z_loss": {},
+    "no_dropout": {"hidden_dropout_prob": 0.0},
+    "clipping": {"max_grad_norm": 1.0},
     "untrained": {"learning_rate": 0.0},
 }
 ABLATIONS = list(MODELS)[3:-1]
@@ -440,6 +442,8 @@ def main():
     rows = [summary(runs, ours, floor) for runs in found.values()]
     if args.tasks or args.cola:
         draw(rows, args.tasks, args.results / "pareto.png")
+    if any(row["model"] in ABLATIONS and row["all loss, equal minutes"] for row in rows):
+        draw_differences(rows, args.results / "ablations.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
     formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}
     for task in args.tasks:

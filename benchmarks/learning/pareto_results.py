@@ -24,6 +24,8 @@ TITLES = {
     "masking_falls": "30 %, then 15 % masking",
     "muon": "Muon",
     "z_loss": "z-loss",
+    "no_dropout": "no dropout",
+    "clipping": "gradients clipped at 1",
 }
 # Between budgets that are more times apart nothing is interpolated.
 FAR = 2.2
@@ -58,18 +60,26 @@ def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
     return line(np.log(cost)).tolist()
 
 
+def differences(runs: list[dict], ours: list[dict], axis: str, y: str) -> list[float]:
+    """How much more of y each run has than MosaicBERT's mean at the runs' mean cost; none if that
+    is unknown."""
+    at_equal = ours_at(mean(run[axis] for run in runs), axis, y, ours)
+    return [run[y] - mean(at_equal) for run in runs if at_equal]
+
+
 def compared(runs: list[dict], ours: list[dict], axis: str, y: str) -> str | None:
-    """How much more of y the runs have than MosaicBERT at equal cost, and what that is: the same
-    at the least and the most that a seed of theirs cost, or it is "same". None: unknown."""
-    theirs, costs = [run[y] for run in runs], [run[axis] for run in runs]
-    if not (at_equal := ours_at(mean(costs), axis, y, ours)):
+    """Their mean difference, and what it is: the same at the least and the most that a seed of
+    theirs cost, or it is "same". None: unknown."""
+    if not (found := differences(runs, ours, axis, y)):
         return None
-    found = {
-        claim(theirs, ours_at(cost, axis, y, ours) or at_equal, lower_is_better=y == "eval_loss")
+    theirs, costs = [run[y] for run in runs], [run[axis] for run in runs]
+    at_mean = ours_at(mean(costs), axis, y, ours)
+    claims = {
+        claim(theirs, ours_at(cost, axis, y, ours) or at_mean, lower_is_better=y == "eval_loss")
         for cost in (min(costs), max(costs))
     }
-    said = found.pop() if len(found) == 1 else "same"
-    return f"{mean(theirs) - mean(at_equal):+.3f} {said or 'unclaimed'}"
+    said = claims.pop() if len(claims) == 1 else "same"
+    return f"{mean(found):+.3f} {said or 'unclaimed'}"
 
 
 def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
@@ -85,6 +95,7 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
         row["cola_auc"] = mean(row["all cola_auc"])
     for name, (key, _) in AXES.items():
         row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
+        row[f"all loss, equal {name}"] = differences(runs, others, key, "eval_loss")
     for task in runs[0]["scores"]:
         values, least = ([y for x in of for y in x["scores"][task]] for of in (runs, floor))
         row |= {task: mean(values), f"all {task}": values}
@@ -137,4 +148,30 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*grid[0, -1].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.savefig(path, dpi=100)
+
+
+def draw_differences(rows: list[dict], path: Path):
+    """How much more held-out loss than MosaicBERT each other model has at the longest budget, at
+    equal minutes and at equal tokens: a dot for each seed, a line at their mean. In grey, what
+    MosaicBERT's seeds differ by."""
+    last = max(row["budget"] for row in rows)
+    ours = next(row for row in rows if (row["model"], row["budget"]) == ("mosaic", last))
+    spread = [x - ours["loss"] for x in ours["all loss"]]
+    axes = ("minutes", "Mtokens")
+    others = [row for row in rows if row["budget"] == last and row["all loss, equal minutes"]]
+    others.sort(key=lambda row: mean(row["all loss, equal minutes"]), reverse=True)
+    figure = Figure(figsize=(10, 1.2 + 0.35 * len(others)), layout="constrained")
+    panels = figure.subplots(1, len(axes), sharex=True, sharey=True)
+    for panel, axis in zip(panels, axes, strict=True):
+        panel.axvspan(min(spread), max(spread), color="0.9")
+        panel.axvline(0, color="grey", linestyle="--")
+        for y, row in enumerate(others):
+            if found := row[f"all loss, equal {axis}"]:
+                panel.plot(found, [y] * len(found), "o", color="tab:blue", alpha=0.6)
+                panel.plot(mean(found), y, "|", color="black", markersize=14)
+        panel.set_yticks(range(len(others)), [TITLES[row["model"]] for row in others])
+        panel.set_title({"minutes": "at equal minutes", "Mtokens": "at equal tokens"}[axis])
+        panel.set_xlabel("held-out loss, difference from MosaicBERT's (nats)")
+        panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
