@@ -221,15 +221,39 @@ def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, mon
     assert tried == [1e-4, 1e-3]
 
 
-def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):
-    plain = ("prepared_data", "prepared_long", "others", "tasks")
-    args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path, minutes=[5])
-    monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
-    monkeypatch.setattr(pareto, "recipe", lambda _, name, __: pareto.MODELS[name])
-    monkeypatch.setattr(pareto, "command", lambda *_, **flags: flags["mlm_probability"])
+@pytest.mark.parametrize(
+    "name, flags, expected",
+    [
+        ("masking_falls", ["mlm_probability"], [[0.3], [0.15]]),
+        ("batch_grows", ["global_batch_size", "per_device_train_batch_size"], [[8, 8], [16, 16]]),
+        (
+            "short_first",
+            ["prepared_data", "max_seq_length", "global_batch_size"],
+            [["short", 128, 64], ["long", 512, 16]],
+        ),
+    ],
+)
+def test_what_changes_where_the_rate_falls(tmp_path, monkeypatch, name, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    folders = {"short": 128, "long": 512}
+    for folder, length in folders.items():
+        Path(folder).mkdir()
+        Path(folder, "prepared.json").write_text(json.dumps({"max_seq_length": length}))
+    args = SimpleNamespace(
+        **{"prepared_data": Path("long"), "prepared_short": Path("short"), "prepared_long": None},
+        **{"hidden_size": 64, "layers": 1, "bert_mlp": 6, "rows": 16, "minutes": [5]},
+        **{"rates": pareto.RATES, "others": [], "output_dir": tmp_path},
+    )
     seen = []
-    pareto.pretrain(args, "masking_falls", 1, 100, seen.append)
-    assert seen == [0.3, 0.15]
+    monkeypatch.setattr(
+        pareto,
+        "command",
+        lambda *_, **x: [str(y) if isinstance(y, Path) else y for y in map(x.get, flags)],
+    )
+    pareto.pretrain(args, name, 1, 100, seen.append)
+    assert seen == expected
+    others = [pareto.of_training(args, x, 1) for x in ("mosaic", name)]
+    assert others[0] != others[1] and json.dumps(others)
 
 
 @pytest.mark.parametrize("name, trunks", [("mosaic", 1), ("bert_old", 0)])

@@ -41,6 +41,8 @@ masked tokens.
 - The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
   fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
   few steps; LayerNorm and biases decay too; no NSP.
+- `masking_falls` masks 30 % on the trunk and 15 % while the rate decays. `batch_grows` has half the
+  rows on the trunk. `short_first` has those of --prepared_short there, as many positions a step.
 
 Each core has a run at a time. The same command again goes on where it was, and skips what
 pareto.jsonl has of the same settings, device and versions. Unknown flags are train_mlm.py's.
@@ -101,11 +103,11 @@ MODELS = {
     "z_loss": {},
     "no_dropout": {"hidden_dropout_prob": 0.0},
     "clipping": {"max_grad_norm": 1.0},
+    "short_first": {},
+    "batch_grows": {},
     "untrained": {"learning_rate": 0.0},
 }
 ABLATIONS = list(MODELS)[3:-1]
-# What a trunk has otherwise than its branches.
-ON_TRUNK = {"masking_falls": {"mlm_probability": 0.3}}
 # Of these each budget is a run of its own.
 WITHOUT_TRUNK = ("bert_old", "untrained")
 # The best of pareto.jsonl's at 4 x 256; ablations have MosaicBERT's unless told otherwise.
@@ -139,6 +141,23 @@ def long_rows(args) -> Path:
     return folder
 
 
+def rows_of(count: int) -> dict:
+    return {"global_batch_size": count, "per_device_train_batch_size": count}
+
+
+def on_trunk(args, name: str) -> dict:
+    """Flags that a trunk has otherwise than its branches."""
+    if name == "masking_falls":
+        return {"mlm_probability": 0.3}
+    if name == "batch_grows":
+        return rows_of(args.rows // 2)
+    if name != "short_first":
+        return {}
+    long, short = (data_of(x).max_seq_length for x in (args.prepared_data, args.prepared_short))
+    shape = {"prepared_data": str(args.prepared_short), "max_seq_length": short}
+    return shape | rows_of(args.rows * long // short)
+
+
 def recipe(args, name: str, seed: int) -> dict:
     """Flags of train_mlm.py, all but those that say where and how long."""
     short, flags = data_of(args.prepared_data).max_seq_length, MODELS[name]
@@ -149,8 +168,7 @@ def recipe(args, name: str, seed: int) -> dict:
         "num_attention_heads": args.hidden_size // 64,
         "intermediate_size": args.hidden_size * (args.bert_mlp if "model_type" in flags else 4),
         "max_seq_length": length,
-        "global_batch_size": args.rows * short // length,
-        "per_device_train_batch_size": args.rows * short // length,
+        **rows_of(args.rows * short // length),
         "learning_rate": args.rates.get(name, args.rates["mosaic"]),
         "seed": seed,
     } | flags
@@ -160,7 +178,7 @@ def of_training(args, name: str, seed: int) -> dict:
     """What pre-training depends on besides the budget."""
     data = args.prepared_long if name == "bert_old" else args.prepared_data
     found = recipe(args, name, seed) | {"data": data.name, "others": args.others}
-    found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
+    found |= {f"{x}_on_trunk": y for x, y in on_trunk(args, name).items()}
     return found if name == "untrained" else found | {"minutes": args.minutes}
 
 
@@ -252,7 +270,7 @@ def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path
         if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
-            flags |= warm_up | ON_TRUNK.get(name, {})
+            flags |= warm_up | on_trunk(args, name)
             execute(training(args, name, seed, trunk, steps, part, **flags))
     for minutes, where in folders.items():
         if (where / "eval_results.json").exists():
@@ -394,6 +412,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--prepared_data", type=Path, required=True, help="of prepare_data.py")
     parser.add_argument("--prepared_long", type=Path, help="longer rows, for bert_old")
+    parser.add_argument("--prepared_short", type=Path, help="shorter rows, for short_first")
     parser.add_argument("--glue", help="folder with TASK/train.jsonl and dev.jsonl")
     parser.add_argument("--cola", type=Path, help="CoLA's dev.jsonl")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pareto"))
@@ -417,6 +436,8 @@ def main():
         parser.error(f"--rates: {', '.join(unknown)} is none of {', '.join(MODELS)}")
     if "bert_old" in args.models and not args.prepared_long:
         parser.error("bert_old needs --prepared_long; or leave it out of --models")
+    if "short_first" in args.models and not args.prepared_short:
+        parser.error("short_first needs --prepared_short; or leave it out of --models")
     if args.tasks and not args.glue:
         parser.error("--tasks need --glue, or give --tasks without a name")
     args.minutes = sorted(args.minutes)

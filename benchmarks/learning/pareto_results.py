@@ -26,6 +26,8 @@ TITLES = {
     "z_loss": "z-loss",
     "no_dropout": "no dropout",
     "clipping": "gradients clipped at 1",
+    "short_first": "short rows, then long ones",
+    "batch_grows": "half the rows, then all",
 }
 # Between budgets that are more times apart nothing is interpolated.
 FAR = 2.2
