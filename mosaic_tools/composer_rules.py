@@ -364,6 +364,8 @@ def optimizer(value, file: File) -> dict:
 
 
 def betas(value, file: File) -> dict:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("AdamW has two: give a list of two numbers")
     first, second = value
     return {"adam_beta1": first, "adam_beta2": second}
 

@@ -781,6 +781,8 @@ REFUSED = [
     ("main/mosaic", {"callbacks.early_stopper.n": 1}, "unknown key 'callbacks.early_stopper.n'"),
     ("main/mosaic", {"model": "mosaic_bert"}, "unknown key 'model'"),
     ("main/mosaic", {"optimizer.name": "adam"}, "adam: it is decoupled_adamw; --optim chooses"),
+    ("main/mosaic", {"optimizer.betas": [0.9]}, r"betas: \[0.9\]: AdamW has two: give a list"),
+    ("main/mosaic", {"optimizer.betas": 0.9}, "betas: 0.9: AdamW has two: give a list of two"),
     ("main/mosaic", {"scheduler.name": "step"}, "step is none of linear_decay_with_warmup, const"),
     ("main/mosaic", {"scheduler.t_max": "9ba"}, "t_max: 9ba: the schedule is as long as the run"),
     ("main/mosaic", {"scheduler.t_warmup": "1ep"}, "1ep: give it in ba or dur"),

@@ -21,8 +21,9 @@ masked tokens.
 - Passages, since articles cut at 128 tokens would have no padding: 8 % of their places are.
 - All budgets of a model and seed are on one trunk, which keeps its rate after a warm-up, a fifth of
   the shortest budget. The last 15 % of each are a branch off it in which the rate decays to 0, as
-  1 - sqrt (Haegele et al. 2024). `bert_old` has a run for each budget, with a linear decay. Longer
-  budgets are multiples of the shortest. Other budgets are another curve, and trained anew.
+  1 - sqrt (Haegele et al. 2024). `bert_old` and `linear_decay` have a run for each budget, whose
+  rate decays linearly after 6 % of it. Longer budgets are multiples of the shortest. Other budgets
+  are another curve, and trained anew.
 - A trial says how many steps fit a budget, every seed takes as many, and what they took is
   measured, on a CPU in the process's own CPU time (cpu_clock.py). Start and evaluation do not
   count. FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
@@ -105,11 +106,12 @@ MODELS = {
     "clipping": {"max_grad_norm": 1.0},
     "short_first": {},
     "batch_grows": {},
+    "linear_decay": {},
     "untrained": {"learning_rate": 0.0},
 }
 ABLATIONS = list(MODELS)[3:-1]
 # Of these each budget is a run of its own.
-WITHOUT_TRUNK = ("bert_old", "untrained")
+WITHOUT_TRUNK = ("bert_old", "linear_decay", "untrained")
 # The best of pareto.jsonl's at 4 x 256; ablations have MosaicBERT's unless told otherwise.
 RATES = {"mosaic": 1e-3, "bert": 1e-3, "bert_old": 1e-3, "muon": 2e-3}
 # Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.

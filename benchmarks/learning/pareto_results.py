@@ -28,6 +28,7 @@ TITLES = {
     "clipping": "gradients clipped at 1",
     "short_first": "short rows, then long ones",
     "batch_grows": "half the rows, then all",
+    "linear_decay": "linear decay",
 }
 # Between budgets that are more times apart nothing is interpolated.
 FAR = 2.2
