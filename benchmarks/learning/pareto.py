@@ -103,6 +103,7 @@ MODELS = {
     "muon": {"optim": "muon"},
     "z_loss": {},
     "no_dropout": {"hidden_dropout_prob": 0.0},
+    "muon_no_dropout": {"optim": "muon", "hidden_dropout_prob": 0.0},
     "clipping": {"max_grad_norm": 1.0},
     "short_first": {},
     "batch_grows": {},
@@ -114,6 +115,7 @@ ABLATIONS = list(MODELS)[3:-1]
 WITHOUT_TRUNK = ("bert_old", "linear_decay", "untrained")
 # The best of pareto.jsonl's at 4 x 256; ablations have MosaicBERT's unless told otherwise.
 RATES = {"mosaic": 1e-3, "bert": 1e-3, "bert_old": 1e-3, "muon": 2e-3}
+RATES |= {"muon_no_dropout": 2e-3}
 # Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.
 TRIAL, PARTS, DECAY = 60, 20, 3
 # Rows of a task's training data that a rate is chosen by, at most a half.
@@ -377,6 +379,8 @@ def finished(args) -> dict[tuple, dict]:
 
 def run_all(args):
     """Adds to the records what they lack of the plan."""
+    # Fills transformers' cache of code, which runs side by side would race for.
+    model_module()
     done, where, one_writes = finished(args), environment(), threading.Lock()
     missing = [key for key in args.plan if key not in done]
     runs = list(dict.fromkeys((name, seed) for name, _, seed in missing))
@@ -432,6 +436,7 @@ def main():
     parser.add_argument("--finetune_seeds", type=int, nargs="+", default=[1, 2, 3])
     quick = "--max_steps 400 --global_batch_size 32"
     parser.add_argument("--finetune", default=quick, help="its flags; '': the tasks' own recipes")
+    parser.add_argument("--draw_only", action="store_true", help="of what is in pareto.jsonl")
     args, args.others = parser.parse_known_args()
     args.rates = RATES | {k: float(x) for k, x in (word.split("=") for word in args.rates)}
     if unknown := set(args.rates) - set(MODELS):
@@ -446,20 +451,19 @@ def main():
     least = args.minutes[0]
     if odd := [x for x in args.minutes if abs(x / least - round(x / least)) > 1e-6]:
         parser.error(f"--minutes: {odd[0]:g} is no multiple of the shortest, {least:g}")
-    args.results.mkdir(parents=True, exist_ok=True)
-    # Fills transformers' cache of code, which runs side by side would race for.
-    model_module()
-
     args.plan = [
         (name, x, seed)
         for seed in args.seeds
         for name in args.models
         for x in budgets_of(args, name)
     ]
-    run_all(args)
+    args.results.mkdir(parents=True, exist_ok=True)
+    if not args.draw_only:
+        run_all(args)
     records, found = finished(args), {}
     for key in args.plan:
-        found.setdefault(key[:2], []).append(records[key])
+        if key in records:
+            found.setdefault(key[:2], []).append(records[key])
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
     rows = [summary(runs, ours, floor) for runs in found.values()]

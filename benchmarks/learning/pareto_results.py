@@ -25,6 +25,7 @@ TITLES = {
     "muon": "Muon",
     "z_loss": "z-loss",
     "no_dropout": "no dropout",
+    "muon_no_dropout": "Muon, no dropout",
     "clipping": "gradients clipped at 1",
     "short_first": "short rows, then long ones",
     "batch_grows": "half the rows, then all",

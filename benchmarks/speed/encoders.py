@@ -34,13 +34,15 @@ if TOY:
 @dataclass(frozen=True)
 class Setting:
     """`attention` is transformers' attn_implementation. `packed`: all rows in one without padding;
-    ours does that by itself. `torch_dropout`: torch's in place of our own for the CPU."""
+    ours does that by itself. `hidden_dropout`: of our model, all others have their own.
+    `torch_dropout`: torch's in place of our own for the CPU."""
 
     model: str
     attention: str
     packed: bool = False
     compiled: bool = False
     attention_dropout: float = 0.0
+    hidden_dropout: float = 0.1
     torch_dropout: bool = False
 
 
@@ -50,7 +52,11 @@ OURS = "triton" if TOY else "auto"
 SETTINGS = {
     "mosaic": Setting("mosaic", OURS, packed=True),
     "mosaic-torch-dropout": Setting("mosaic", OURS, packed=True, torch_dropout=True),
+    "mosaic-no-dropout": Setting("mosaic", OURS, packed=True, hidden_dropout=0.0),
     "mosaic-compiled": Setting("mosaic", OURS, packed=True, compiled=True),
+    "mosaic-compiled-no-dropout": Setting(
+        "mosaic", OURS, packed=True, compiled=True, hidden_dropout=0.0
+    ),
     "bert": Setting("bert", "sdpa", attention_dropout=0.1),
     "bert-no-dropout": Setting("bert", "sdpa"),
     "bert-compiled": Setting("bert", "sdpa", compiled=True),
@@ -102,7 +108,7 @@ def configure(setting: Setting, **sizes):
         values |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         values |= dict(intermediate_size=64)
     if setting.model == "mosaic":
-        values |= dict(low_precision_layernorm=True)
+        values |= dict(low_precision_layernorm=True, hidden_dropout_prob=setting.hidden_dropout)
         return AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **values)
     if setting.model == "bert":
         values |= dict(attention_probs_dropout_prob=setting.attention_dropout)
