@@ -15,6 +15,7 @@ TITLES = {
     "mosaic": "MosaicBERT",
     "bert": "BERT, same recipe",
     "bert_old": "BERT, old recipe",
+    "muon_no_dropout": "Muon, no dropout",
     "no_glu": "no GLU",
     "learned_positions": "learned positions",
     "fp32_layernorm": "fp32 LayerNorm",
@@ -25,7 +26,6 @@ TITLES = {
     "muon": "Muon",
     "z_loss": "z-loss",
     "no_dropout": "no dropout",
-    "muon_no_dropout": "Muon, no dropout",
     "clipping": "gradients clipped at 1",
     "short_first": "short rows, then long ones",
     "batch_grows": "half the rows, then all",
@@ -134,7 +134,7 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             for i, (name, title) in enumerate(TITLES.items()):
                 look = {
                     "color": colormaps["tab20"](i),
-                    "marker": "x" if i > 2 else "o",
+                    "marker": "x" if i > 3 else "o",
                     "capsize": 2,
                 }
                 points = [row for row in rows if row["model"] == name]
