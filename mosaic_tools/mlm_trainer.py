@@ -170,6 +170,9 @@ class MlmTrainer(RecipeTrainer):
             )
 
     def get_train_dataloader(self):
+        if not self.args.auto_find_batch_size:
+            # A resumed run has the checkpoint's by now, with transformers 4.
+            self._train_batch_size = self.args.train_batch_size
         return self.stream_loader() if self.streams else super().get_train_dataloader()
 
     def stream_loader(self):

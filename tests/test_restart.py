@@ -282,6 +282,19 @@ def test_a_complete_run_that_is_resumed_ends_as_it_had(train, tmp_path):
         train(max_steps=3, resume_from_checkpoint="last")
 
 
+@pytest.mark.parametrize("micro_batch", [4, 16])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_with_other_micro_batches(train, tmp_path, micro_batch, streaming):
+    """With transformers 4 steps had the checkpoint's micro-batches, as many as of the new size fill
+    a step."""
+    values = {"max_steps": 6, "hidden_dropout_prob": 0.0, "streaming": streaming}
+    train(**values)
+    expected = losses(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    train(**values, per_device_train_batch_size=micro_batch, resume_from_checkpoint="last")
+    assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_full_disk_after_the_model_is_saved_names_the_flag_that_helps(train, tmp_path):
     """Without a checkpoint it was --resume_from_checkpoint last, which was refused then."""
     (tmp_path / "out").mkdir()
