@@ -116,6 +116,9 @@ def test_what_ours_has_at_equal_cost_is_between_its_budgets():
     assert at(30 * 2**0.5) == pytest.approx([5.4, 5.5, 5.6])
     assert at(65)[1] < 5
     assert at(23) == at(76) == []
+    # Of seeds that a budget lacks.
+    assert at(30 * 2**0.5, runs[:-1]) == pytest.approx([5.4, 5.5], abs=0.03)
+    assert at(40, runs[:3]) == at(40, []) == at(40, [runs[0], *runs[4:]]) == []
     # Nothing is known between budgets that are far apart.
     far = [*runs[:3], *({**run, "seconds": run["seconds"] * 1.2} for run in runs[3:])]
     assert at(50, far) == [] and at(32, far) == [] and len(at(30, far)) == 3
@@ -127,6 +130,8 @@ def test_what_ours_has_at_equal_cost_is_between_its_budgets():
     halfway = 30 * 2**0.5
     assert compared(5.8, halfway, halfway, halfway) == "+0.300 worse"
     assert compared(5.8, halfway, halfway) == "+0.300 unclaimed"
+    # What ours has where the slowest was is unknown.
+    assert compared(4.8, 55, 70, 85).endswith(" unclaimed")
     # One of them was no slower than where ours has as much.
     assert compared(5.8, halfway - 10, halfway, halfway + 10) == "+0.300 same"
 
@@ -173,8 +178,8 @@ def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
     places = {x["max_seq_length"] * x["global_batch_size"] for x in found.values()}
     assert places == {32 * 128}
     assert found["bert_old"]["mlm_probability"] == found["masking_15"]["mlm_probability"] == 0.15
-    rates = {name: found[name]["learning_rate"] for name in pareto.ABLATIONS}
-    assert rates.pop("muon") == 2e-3 and set(rates.values()) == {1e-3}
+    swapped = {name: found[name]["learning_rate"] for name in ablations.SWAPS}
+    assert set(swapped.values()) == {1e-3} and found["muon"]["learning_rate"] == 2e-3
     assert found["untrained"]["learning_rate"] == 0
 
 
@@ -221,43 +226,27 @@ def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, mon
     assert tried == [1e-4, 1e-3]
 
 
+def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):
+    plain = ("prepared_data", "prepared_long", "others", "tasks")
+    args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path, minutes=[5])
+    monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
+    monkeypatch.setattr(pareto, "recipe", lambda _, name, __: pareto.MODELS[name])
+    monkeypatch.setattr(pareto, "command", lambda *_, **flags: flags["mlm_probability"])
+    seen = []
+    pareto.pretrain(args, "masking_falls", 1, 100, seen.append)
+    assert seen == [0.3, 0.15]
+
+
 @pytest.mark.parametrize(
-    "name, flags, expected",
+    "name, trunks, budgets",
     [
-        ("masking_falls", ["mlm_probability"], [[0.3], [0.15]]),
-        ("batch_grows", ["global_batch_size", "per_device_train_batch_size"], [[8, 8], [16, 16]]),
-        (
-            "short_first",
-            ["prepared_data", "max_seq_length", "global_batch_size"],
-            [["short", 128, 64], ["long", 512, 16]],
-        ),
+        ("mosaic", 1, [5, 20]),
+        ("bert_old", 0, [5, 20]),
+        ("muon", 1, [20]),
+        ("linear_decay", 0, [20]),
     ],
 )
-def test_what_changes_where_the_rate_falls(tmp_path, monkeypatch, name, flags, expected):
-    monkeypatch.chdir(tmp_path)
-    folders = {"short": 128, "long": 512}
-    for folder, length in folders.items():
-        Path(folder).mkdir()
-        Path(folder, "prepared.json").write_text(json.dumps({"max_seq_length": length}))
-    args = SimpleNamespace(
-        **{"prepared_data": Path("long"), "prepared_short": Path("short"), "prepared_long": None},
-        **{"hidden_size": 64, "layers": 1, "bert_mlp": 6, "rows": 16, "minutes": [5]},
-        **{"rates": pareto.RATES, "others": [], "output_dir": tmp_path},
-    )
-    seen = []
-    monkeypatch.setattr(
-        pareto,
-        "command",
-        lambda *_, **x: [str(y) if isinstance(y, Path) else y for y in map(x.get, flags)],
-    )
-    pareto.pretrain(args, name, 1, 100, seen.append)
-    assert seen == expected
-    others = [pareto.of_training(args, x, 1) for x in ("mosaic", name)]
-    assert others[0] != others[1] and json.dumps(others)
-
-
-@pytest.mark.parametrize("name, trunks", [("mosaic", 1), ("bert_old", 0)])
-def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, name, trunks):
+def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, name, trunks, budgets):
     plain = ("prepared_data", "prepared_long", "others", "tasks")
     args = SimpleNamespace(**dict.fromkeys(plain, Path("data")), output_dir=tmp_path)
     args.minutes = [5, 20]
@@ -267,17 +256,16 @@ def test_budgets_share_a_trunk_and_decay_at_their_end(tmp_path, monkeypatch, nam
     )
     seen = []
     folders = pareto.pretrain(args, name, 1, 100, seen.append)
-    assert {x: folder.name for x, folder in folders.items()} == {5: "5", 20: "20"}
-    assert [x[:2] for x in seen[trunks:]] == [("5", 2_000), ("20", 8_000)]
+    assert {x: folder.name for x, folder in folders.items()} == {x: str(x) for x in budgets}
+    assert [x[:2] for x in seen[trunks:]] == [(str(x), 400 * x) for x in budgets]
     if not trunks:
         assert not any("lr_scheduler_type" in run for *_, run in seen)
         return
     # 17 of 20 parts, and the warm-up is 4 of the shortest budget's.
     assert seen[0][:3] == ("trunk", 6_800, 100)
     assert seen[0][3]["save_steps"] == 1_700 and seen[0][3]["warmup_steps"] == 400
-    for (*_, log, branch), (begins, decay) in zip(
-        seen[1:], [(1_700, 300), (6_800, 1_200)], strict=True
-    ):
+    for (*_, log, branch), x in zip(seen[1:], budgets, strict=True):
+        begins, decay = 340 * x, 60 * x
         assert log == 100 and branch["warmup_steps"] == 400
         assert branch["resume_from_checkpoint"] == tmp_path / "trunk" / f"checkpoint-{begins}"
         found = json.loads(branch["lr_scheduler_kwargs"])
@@ -427,7 +415,7 @@ def test_the_figure_of_differences_has_a_dot_for_each_seed(tmp_path, monkeypatch
     }
     ours = runs["mosaic", 1] + runs["mosaic", 2]
     rows = [pareto_results.summary(x, ours, []) for x in runs.values()]
-    pareto_results.draw_differences(rows, tmp_path / "differences.png")
+    pareto_results.draw_differences(rows, ours, tmp_path / "differences.png")
     assert (tmp_path / "differences.png").stat().st_size > 1000
     minutes, tokens = figures[0].axes
     assert [x.get_text() for x in minutes.get_yticklabels()] == ["no GLU", "Muon"]
@@ -500,6 +488,6 @@ for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"], draw):
     assert len({record["eval_loss"] for record in records}) == 10
     # Of what is there, as the second time.
     assert runs[3].splitlines()[-1] == runs[1].splitlines()[-1]
-    assert (tmp_path / "ablations.png").is_file()
+    assert "8 of 16 runs are recorded" in runs[3]
     differences = json.loads(runs[0].splitlines()[-1])
     assert set(differences) == set(others) - {"untrained"}

@@ -186,6 +186,8 @@ def test_tensorboard_that_is_not_installed_is_missed_before_anything_else(monkey
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda x: x.stem)
 def test_every_recipe_is_understood(path):
     given = yaml.safe_load(path.read_text())
+    if given.get("optim") == recipe.MUON and not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch 2.9")
     if path.stem.startswith("embeddings"):
         model = embedding_trainer.EmbedderArguments
         groups = (model, pairs.PairArguments, embedding_trainer.EmbeddingArguments)

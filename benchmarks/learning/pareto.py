@@ -31,8 +31,9 @@ masked tokens.
 - Fine-tuning has one rate for each run and task: of --finetune_rates the one that is best, after
   the longest budget, for 500 rows held out of the training data. Scores are of GLUE's own
   validation rows, one for each of --finetune_seeds.
-- A model's mean over seeds is compared with MosaicBERT's at equal minutes, tokens and FLOP, between
-  its budgets by linear interpolation over their logarithm, where they are at most 2.2 times apart.
+- A model's mean over seeds is compared with MosaicBERT's at equal minutes, tokens and FLOP. Those
+  are on a line between its budgets, over the cost's logarithm, where they are at most 2.2 times
+  apart; it is drawn on by at most a quarter of the cost.
   A difference is claimed if it is larger than either's seeds have among themselves
   (largest - smallest), also at the least and the most that the model's seeds took: so are 5 % of
   equals, with 3 seeds and normal noise.
@@ -42,8 +43,7 @@ masked tokens.
 - The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
   fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
   few steps; LayerNorm and biases decay too; no NSP.
-- `masking_falls` masks 30 % on the trunk and 15 % while the rate decays. `batch_grows` has half the
-  rows on the trunk. `short_first` has those of --prepared_short there, as many positions a step.
+- `masking_falls` masks 30 % on the trunk and 15 % while the rate decays.
 
 Each core has a run at a time. The same command again goes on where it was, and skips what
 pareto.jsonl has of the same settings, device and versions. Unknown flags are train_mlm.py's.
@@ -61,8 +61,8 @@ before fold) and 30,522 entries, so that both folders take less than 40 MB:
         --rates mosaic=5e-4 bert=5e-4
 
 Adds a record for each run and budget to pareto.jsonl, and prints a table. Draws pareto.png if
-there are tasks or --cola, and ablations.png if there are MosaicBERTs with one thing changed. The
-last line is JSON: how each model differs from MosaicBERT at the longest budget.
+there are tasks or --cola, and ablations.png if there are changed MosaicBERTs. The last line is
+JSON: how each model differs from MosaicBERT at the longest budget.
 """
 
 import argparse
@@ -78,7 +78,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.learning.ablations import SWAPS, model_module
-from benchmarks.learning.pareto_results import AXES, draw, draw_differences, summary
+from benchmarks.learning.pareto_results import (
+    AT_ALL_BUDGETS,
+    AXES,
+    draw,
+    draw_differences,
+    summary,
+)
 from benchmarks.learning.side_by_side import curve, each_on_a_core, words_of
 from benchmarks.records import RESULTS, ROOT, environment, place, print_table
 from mosaic_tools.checkpoints import newest_checkpoint
@@ -105,18 +111,16 @@ MODELS = {
     "z_loss": {},
     "no_dropout": {"hidden_dropout_prob": 0.0},
     "clipping": {"max_grad_norm": 1.0},
-    "short_first": {},
-    "batch_grows": {},
     "linear_decay": {},
     "untrained": {"learning_rate": 0.0},
 }
-# Of these only the longest budget is trained.
-ABLATIONS = list(MODELS)[4:-1]
+# What a trunk has otherwise than its branches.
+ON_TRUNK = {"masking_falls": {"mlm_probability": 0.3}}
 # Of these each budget is a run of its own.
 WITHOUT_TRUNK = ("bert_old", "linear_decay", "untrained")
-# The best of pareto.jsonl's at 4 x 256; ablations have MosaicBERT's unless told otherwise.
-RATES = {"mosaic": 1e-3, "bert": 1e-3, "bert_old": 1e-3}
-RATES |= {"muon": 2e-3, "muon_no_dropout": 2e-3}
+# The best of pareto.jsonl's at 4 x 256, and untried what others have from these: bert_old BERT's,
+# muon_no_dropout Muon's, the rest MosaicBERT's.
+RATES = {"mosaic": 1e-3, "bert": 1e-3, "bert_old": 1e-3, "muon": 2e-3, "muon_no_dropout": 2e-3}
 # Steps of a trial; parts that a budget is cut into, the last DECAY of them its decay.
 TRIAL, PARTS, DECAY = 60, 20, 3
 # Rows of a task's training data that a rate is chosen by, at most a half.
@@ -146,23 +150,6 @@ def long_rows(args) -> Path:
     return folder
 
 
-def rows_of(count: int) -> dict:
-    return {"global_batch_size": count, "per_device_train_batch_size": count}
-
-
-def on_trunk(args, name: str) -> dict:
-    """Flags that a trunk has otherwise than its branches."""
-    if name == "masking_falls":
-        return {"mlm_probability": 0.3}
-    if name == "batch_grows":
-        return rows_of(args.rows // 2)
-    if name != "short_first":
-        return {}
-    long, short = (data_of(x).max_seq_length for x in (args.prepared_data, args.prepared_short))
-    shape = {"prepared_data": str(args.prepared_short), "max_seq_length": short}
-    return shape | rows_of(args.rows * long // short)
-
-
 def recipe(args, name: str, seed: int) -> dict:
     """Flags of train_mlm.py, all but those that say where and how long."""
     short, flags = data_of(args.prepared_data).max_seq_length, MODELS[name]
@@ -173,7 +160,8 @@ def recipe(args, name: str, seed: int) -> dict:
         "num_attention_heads": args.hidden_size // 64,
         "intermediate_size": args.hidden_size * (args.bert_mlp if "model_type" in flags else 4),
         "max_seq_length": length,
-        **rows_of(args.rows * short // length),
+        "global_batch_size": args.rows * short // length,
+        "per_device_train_batch_size": args.rows * short // length,
         "learning_rate": args.rates.get(name, args.rates["mosaic"]),
         "seed": seed,
     } | flags
@@ -183,7 +171,7 @@ def of_training(args, name: str, seed: int) -> dict:
     """What pre-training depends on besides the budget."""
     data = args.prepared_long if name == "bert_old" else args.prepared_data
     found = recipe(args, name, seed) | {"data": data.name, "others": args.others}
-    found |= {f"{x}_on_trunk": y for x, y in on_trunk(args, name).items()}
+    found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
     return found if name == "untrained" else found | {"minutes": args.minutes}
 
 
@@ -211,7 +199,7 @@ def budgets_of(args, name: str) -> list[float]:
     """Minutes of a model's budgets, the longest last."""
     if name == "untrained":
         return [0]
-    return args.minutes[-1:] if name in ABLATIONS else args.minutes
+    return args.minutes if name in AT_ALL_BUDGETS else args.minutes[-1:]
 
 
 # ---- pre-training ----
@@ -275,7 +263,7 @@ def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path
         if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
-            flags |= warm_up | on_trunk(args, name)
+            flags |= warm_up | ON_TRUNK.get(name, {})
             execute(training(args, name, seed, trunk, steps, part, **flags))
     for minutes, where in folders.items():
         if (where / "eval_results.json").exists():
@@ -419,7 +407,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--prepared_data", type=Path, required=True, help="of prepare_data.py")
     parser.add_argument("--prepared_long", type=Path, help="longer rows, for bert_old")
-    parser.add_argument("--prepared_short", type=Path, help="shorter rows, for short_first")
     parser.add_argument("--glue", help="folder with TASK/train.jsonl and dev.jsonl")
     parser.add_argument("--cola", type=Path, help="CoLA's dev.jsonl")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pareto"))
@@ -444,8 +431,6 @@ def main():
         parser.error(f"--rates: {', '.join(unknown)} is none of {', '.join(MODELS)}")
     if "bert_old" in args.models and not args.prepared_long:
         parser.error("bert_old needs --prepared_long; or leave it out of --models")
-    if "short_first" in args.models and not args.prepared_short:
-        parser.error("short_first needs --prepared_short; or leave it out of --models")
     if args.tasks and not args.glue:
         parser.error("--tasks need --glue, or give --tasks without a name")
     args.minutes = sorted(args.minutes)
@@ -465,13 +450,19 @@ def main():
     for key in args.plan:
         if key in records:
             found.setdefault(key[:2], []).append(records[key])
+    if not found:
+        raise SystemExit(
+            f"{args.results / 'pareto.jsonl'} has no record of these settings, versions and device"
+        )
+    if len(records) < len(args.plan):
+        print(f"{len(records)} of {len(args.plan)} runs are recorded")
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
     rows = [summary(runs, ours, floor) for runs in found.values()]
     if args.tasks or args.cola:
         draw(rows, args.tasks, args.results / "pareto.png")
-    if any(row["model"] in ABLATIONS and row["all loss, equal minutes"] for row in rows):
-        draw_differences(rows, args.results / "ablations.png")
+    changed = [row for row in rows if row["model"] not in ("mosaic", "bert", "bert_old")]
+    draw_differences(changed, ours, args.results / "ablations.png")
     formats = {"model": "", "budget": "g", "seeds": "", "minutes": ".2f", "Mtokens": ".2f"}
     formats |= {"TFLOP": ".4g", "loss": ".3f"} | {f"loss, equal {x}": "" for x in AXES}
     for task in args.tasks:

@@ -27,10 +27,10 @@ TITLES = {
     "z_loss": "z-loss",
     "no_dropout": "no dropout",
     "clipping": "gradients clipped at 1",
-    "short_first": "short rows, then long ones",
-    "batch_grows": "half the rows, then all",
     "linear_decay": "linear decay",
 }
+# All budgets of these are trained, of others the longest.
+AT_ALL_BUDGETS = ("mosaic", "bert", "bert_old", "muon_no_dropout")
 # Between budgets that are more times apart nothing is interpolated.
 FAR = 2.2
 # So much more or less than the outermost budgets cost, the line is drawn on. At 4 x 256 loss falls
@@ -51,18 +51,22 @@ def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False)
 
 
 def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
-    """What MosaicBERT has at this cost, a value for each seed: between its budgets linearly over
-    the cost's logarithm; none BEYOND what they cost on average, and none between budgets that are
-    more than FAR times apart."""
+    """What MosaicBERT has at this cost, a value for each seed that all its budgets have: on a line
+    between them over the cost's logarithm; none further than BEYOND what they cost on average, and
+    none between budgets that are more than FAR times apart."""
     budgets = {}
-    for run in sorted(ours, key=lambda run: (run["minutes"], run["seed"])):
-        budgets.setdefault(run["minutes"], []).append(run)
-    costs = [mean(run[axis] for run in runs) for runs in budgets.values()]
-    if len(costs) < 2 or not costs[0] / BEYOND <= cost <= costs[-1] * BEYOND:
+    for run in ours:
+        budgets.setdefault(run["minutes"], {})[run["seed"]] = run
+    seeds = sorted(set.intersection(*map(set, budgets.values()))) if budgets else []
+    if len(budgets) < 2 or not seeds:
+        return []
+    runs = [[found[seed] for seed in seeds] for _, found in sorted(budgets.items())]
+    costs = [mean(run[axis] for run in of_budget) for of_budget in runs]
+    if not costs[0] / BEYOND <= cost <= costs[-1] * BEYOND:
         return []
     if any(after > FAR * before for before, after in pairwise(costs) if before < cost < after):
         return []
-    heights = [[run[y] for run in runs] for runs in budgets.values()]  # (budgets, seeds)
+    heights = [[run[y] for run in of_budget] for of_budget in runs]  # (budgets, seeds)
     line = interp1d(np.log(costs), heights, axis=0, fill_value="extrapolate")
     return line(np.log(cost)).tolist()
 
@@ -80,13 +84,12 @@ def compared(runs: list[dict], ours: list[dict], axis: str, y: str) -> str | Non
     if not (found := differences(runs, ours, axis, y)):
         return None
     theirs, costs = [run[y] for run in runs], [run[axis] for run in runs]
-    at_mean = ours_at(mean(costs), axis, y, ours)
     claims = {
-        claim(theirs, ours_at(cost, axis, y, ours) or at_mean, lower_is_better=y == "eval_loss")
+        claim(theirs, ours_at(cost, axis, y, ours), lower_is_better=y == "eval_loss")
         for cost in (min(costs), max(costs))
     }
-    said = claims.pop() if len(claims) == 1 else "same"
-    return f"{mean(found):+.3f} {said or 'unclaimed'}"
+    said = "unclaimed" if None in claims else claims.pop() if len(claims) == 1 else "same"
+    return f"{mean(found):+.3f} {said}"
 
 
 def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
@@ -137,7 +140,7 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             for i, (name, title) in enumerate(TITLES.items()):
                 look = {
                     "color": colormaps["tab20"](i),
-                    "marker": "x" if i > 3 else "o",
+                    "marker": "o" if name in AT_ALL_BUDGETS else "x",
                     "capsize": 2,
                 }
                 points = [row for row in rows if row["model"] == name]
@@ -158,27 +161,31 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
     figure.savefig(path, dpi=100)
 
 
-def draw_differences(rows: list[dict], path: Path):
-    """How much more held-out loss than MosaicBERT each other model has at the longest budget, at
-    equal minutes and at equal tokens: a dot for each seed, a line at their mean. In grey, what
-    MosaicBERT's seeds differ by."""
-    last = max(row["budget"] for row in rows)
-    ours = next(row for row in rows if (row["model"], row["budget"]) == ("mosaic", last))
-    spread = [x - ours["loss"] for x in ours["all loss"]]
-    axes = ("minutes", "Mtokens")
-    others = [row for row in rows if row["budget"] == last and row["all loss, equal minutes"]]
-    others.sort(key=lambda row: mean(row["all loss, equal minutes"]), reverse=True)
-    figure = Figure(figsize=(10, 1.2 + 0.35 * len(others)), layout="constrained")
-    panels = figure.subplots(1, len(axes), sharex=True, sharey=True)
-    for panel, axis in zip(panels, axes, strict=True):
-        panel.axvspan(min(spread), max(spread), color="0.9")
+def draw_differences(rows: list[dict], ours: list[dict], path: Path):
+    """How much more held-out loss than MosaicBERT's runs each model has at its longest budget, at
+    equal minutes and at equal tokens: a dot for each seed, a line at their mean. In grey, how
+    MosaicBERT's seeds differ. Nothing is drawn where no difference is known."""
+    titles = {"minutes": "at equal minutes", "Mtokens": "at equal tokens"}
+    rows = [row for row in rows if any(row[f"all loss, equal {axis}"] for axis in titles)]
+    longest = {row["model"]: row for row in sorted(rows, key=lambda row: row["budget"])}
+    if not longest:
+        return
+    last = max(run["minutes"] for run in ours)
+    losses = [run["eval_loss"] for run in ours if run["minutes"] == last]
+    others = sorted(longest.values(), key=lambda row: row["loss"], reverse=True)
+    figure = Figure(figsize=(10, 1.5 + 0.35 * len(others)), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
+    for panel, (axis, title) in zip(panels, titles.items(), strict=True):
+        spread = f"MosaicBERT, {len(losses)} seed(s)"
+        panel.axvspan(*(f(losses) - mean(losses) for f in (min, max)), color="0.9", label=spread)
         panel.axvline(0, color="grey", linestyle="--")
         for y, row in enumerate(others):
             if found := row[f"all loss, equal {axis}"]:
                 panel.plot(found, [y] * len(found), "o", color="tab:blue", alpha=0.6)
                 panel.plot(mean(found), y, "|", color="black", markersize=14)
         panel.set_yticks(range(len(others)), [TITLES[row["model"]] for row in others])
-        panel.set_title({"minutes": "at equal minutes", "Mtokens": "at equal tokens"}[axis])
+        panel.set_title(title)
         panel.set_xlabel("held-out loss, difference from MosaicBERT's (nats)")
         panel.grid(axis="x", alpha=0.3)
+    panels[0].legend(loc="lower right")
     figure.savefig(path, dpi=100)

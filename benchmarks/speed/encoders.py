@@ -52,9 +52,9 @@ OURS = "triton" if TOY else "auto"
 SETTINGS = {
     "mosaic": Setting("mosaic", OURS, packed=True),
     "mosaic-torch-dropout": Setting("mosaic", OURS, packed=True, torch_dropout=True),
-    "mosaic-no-dropout": Setting("mosaic", OURS, packed=True, hidden_dropout=0.0),
+    "mosaic-no-hidden-dropout": Setting("mosaic", OURS, packed=True, hidden_dropout=0.0),
     "mosaic-compiled": Setting("mosaic", OURS, packed=True, compiled=True),
-    "mosaic-compiled-no-dropout": Setting(
+    "mosaic-compiled-no-hidden-dropout": Setting(
         "mosaic", OURS, packed=True, compiled=True, hidden_dropout=0.0
     ),
     "bert": Setting("bert", "sdpa", attention_dropout=0.1),
