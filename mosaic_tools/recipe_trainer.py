@@ -24,6 +24,30 @@ class RecipeTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name, _ in model.named_parameters()]
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Takes their states from a checkpoint; learning rate, decay and betas are what this run
+        was told, and a change is printed."""
+        told = [{k: x for k, x in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        # One that lowers the rate by the loss has none, and keeps its own.
+        if not checkpoint or not hasattr(schedule, "lr_lambdas"):
+            return
+        schedule.base_lrs = [values["initial_lr"] for values in told]
+        changes = set()
+        groups = zip(self.optimizer.param_groups, told, schedule.lr_lambdas, strict=True)
+        for group, values, factor in groups:
+            for name in values.keys() - {"lr"}:
+                before, now = group.get(name, values[name]), values[name]
+                if before != now:
+                    called = {"initial_lr": "learning_rate"}.get(name, name)
+                    changes.add(f"{called} {before}, and goes on with {now}")
+            group.update(values, lr=values["initial_lr"] * factor(schedule.last_epoch))
+        # What the log reads.
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for change in sorted(changes):
+            self.accelerator.print(f"{checkpoint} was trained with {change}")
+
     def _save_checkpoint(self, *args, **kwargs):
         name = f"checkpoint-{self.state.global_step}"
         self.check_weights()

@@ -282,6 +282,39 @@ def test_a_complete_run_that_is_resumed_ends_as_it_had(train, tmp_path):
         train(max_steps=3, resume_from_checkpoint="last")
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_run_goes_on_with_the_rates_and_betas_that_it_is_told(train, tmp_path, capfd, optim):
+    """They were the checkpoint's, whatever the flags said."""
+    if optim == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch 2.9")
+    values = {"max_steps": 6, "hidden_dropout_prob": 0.0, "optim": optim}
+    values |= {"muon_learning_rate": 2e-3} if optim == "muon" else {}
+    train(**values)
+    before = losses(tmp_path / "out")
+    rates = [x["learning_rate"] for x in read_log(tmp_path / "out") if "loss" in x]
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    capfd.readouterr()
+    train(**values, resume_from_checkpoint="last")
+    assert losses(tmp_path / "out") == before
+    assert "was trained with" not in capfd.readouterr().out
+
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    values |= {"muon_learning_rate": 1e-4} if optim == "muon" else {}
+    values |= {"learning_rate": 3e-4, "decoupled_weight_decay": 1e-3, "adam_beta2": 0.9}
+    train(**values, resume_from_checkpoint="last")
+    said = capfd.readouterr().out
+    change = (
+        "0.002, and goes on with 0.0001" if optim == "muon" else "0.003, and goes on with 0.0003"
+    )
+    assert f"out/checkpoint-3 was trained with learning_rate {change}" in said
+    assert "was trained with betas (0.9, 0.98), and goes on with (0.9, 0.9)" in said
+    found = [x["learning_rate"] for x in read_log(tmp_path / "out") if "loss" in x]
+    assert found[:3] == rates[:3] and found[3:] == pytest.approx([x / 10 for x in rates[3:]])
+    groups = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt")["param_groups"]
+    assert groups[0]["betas"] == (0.9, 0.9)
+    assert groups[0]["weight_decay"] == pytest.approx(1e-3 / 3e-4)
+
+
 @pytest.mark.parametrize("micro_batch", [4, 16])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_goes_on_with_other_micro_batches(train, tmp_path, micro_batch, streaming):
