@@ -185,7 +185,11 @@ def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
 
 def test_scores_are_compared_over_all_seeds_and_the_floors(monkeypatch):
     def run(model, minutes, seed, *scores):
-        costs = {"seconds": 60.0 * minutes, "tokens": 1e6 * minutes, "flop": 1e12 * minutes}
+        costs = {
+            "seconds_by_trial": 60.0 * minutes,
+            "tokens": 1e6 * minutes,
+            "flop": 1e12 * minutes,
+        }
         key = {"model": model, "minutes": minutes, "seed": seed}
         return key | costs | {"eval_loss": 5.0, "scores": {"sst2": list(scores)}}
 
@@ -375,7 +379,7 @@ def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pareto_results, "Figure", lambda **x: figures.append(Figure(**x)) or figures[-1]
     )
-    run = {"seed": 1, "seconds": 60.0, "tokens": 10**6, "flop": 1e12, "scores": {}}
+    run = {"seed": 1, "seconds_by_trial": 60.0, "tokens": 10**6, "flop": 1e12, "scores": {}}
     runs = [
         run | {"model": model, "minutes": 1, "eval_loss": loss, "cola_auc": auc}
         for model, loss, auc in (("mosaic", 4.0, 0.6), ("bert", 5.0, 0.55), ("untrained", 9.0, 0.5))
@@ -407,7 +411,7 @@ def test_the_figure_of_differences_has_a_dot_for_each_seed(tmp_path, monkeypatch
     runs = {
         (model, minutes): [
             {"model": model, "minutes": minutes, "seed": seed, "eval_loss": loss, "scores": {}}
-            | {"seconds": 60.0 * cost.get((model, minutes), minutes)}
+            | {"seconds_by_trial": 60.0 * cost.get((model, minutes), minutes)}
             | {"tokens": 10**6 * minutes, "flop": 1e12 * minutes}
             for seed, loss in enumerate(found)
         ]
@@ -481,6 +485,7 @@ for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"], draw):
     for record in records:
         assert math.isfinite(record["eval_loss"]) and record["flop"] > 0 and record["seconds"] > 0
         assert record["settings"]["others"] == ["--adam_beta1", "0.8"]
+        assert (record["seconds_by_trial"] > 0) == (record["model"] != "untrained")
         assert len(record["scores"]["sst2"]) == 2
     steps = {x["minutes"]: x["step"] for x in records if x["model"] == "mosaic"}
     assert steps == {1e-4: 20, 2e-4: 40}

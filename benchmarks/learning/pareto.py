@@ -24,9 +24,11 @@ masked tokens.
   1 - sqrt (Haegele et al. 2024). `bert_old` and `linear_decay` have a run for each budget, whose
   rate decays linearly after 6 % of it. Longer budgets are multiples of the shortest. Other budgets
   are another curve, and trained anew.
-- A trial says how many steps fit a budget, every seed takes as many, and what they took is
-  measured, on a CPU in the process's own CPU time (cpu_clock.py). Start and evaluation do not
-  count. FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
+- Trials come first, side by side: let nothing else run then. They say what a step costs, on a CPU
+  in the process's own CPU time (cpu_clock.py), and how many fit a budget, of which every seed takes
+  as many. Minutes are steps by the trial. What a run itself took, with whatever ran beside it, is
+  recorded as `seconds`. Start and evaluation do not count.
+- FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
   computes, do not count.
 - Fine-tuning has one rate for each run and task: of --finetune_rates the one that is best, after
   the longest budget, for 500 rows held out of the training data. Scores are of GLUE's own
@@ -229,21 +231,26 @@ def training(args, name: str, seed: int, folder: Path, steps: int, log: int, **f
     return command(name, "train_mlm.py", args.others, **flags)
 
 
-def part_of_the_shortest(args, name: str, done: dict, execute) -> int:
-    """Steps of a PARTS-th of the shortest budget: as in records, or by the second half of a trial.
-    Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
+def seconds_of_a_step(args, name: str, execute) -> float:
+    """By the second half of a trial."""
     if name == "untrained":
         return 0
-    for (of, minutes, _), found in done.items():
-        if of == name:
-            return found["step"] // PARTS // times(args, minutes)
     folder = folder_of(args, name, 0)
     if not (folder / "eval_results.json").exists():
-        execute(training(args, name, 0, folder, TRIAL, TRIAL // 10, overwrite="true"))
+        flags = {"overwrite": "true"} | ON_TRUNK.get(name, {})
+        execute(training(args, name, 0, folder, TRIAL, TRIAL // 10, **flags))
     logs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     rows_per_second = median([x["samples_per_second"] for x in logs if "loss" in x][5:])
-    steps_per_second = rows_per_second / recipe(args, name, 0)["global_batch_size"]
-    return max(1, round(60 * args.minutes[0] * steps_per_second / PARTS))
+    return recipe(args, name, 0)["global_batch_size"] / rows_per_second
+
+
+def part_of_the_shortest(args, name: str, done: dict, seconds: float) -> int:
+    """Steps of a PARTS-th of the shortest budget: as in records, or by the seconds of a step.
+    Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
+    for (of, minutes, _), found in done.items():
+        if of == name != "untrained":
+            return found["step"] // PARTS // times(args, minutes)
+    return max(1, round(60 * args.minutes[0] / seconds / PARTS)) if seconds else 0
 
 
 def times(args, minutes: float) -> int:
@@ -363,7 +370,10 @@ def finished(args) -> dict[tuple, dict]:
         and place(x) == place(here)
         and all(x[key] == here[key] for key in ("torch", "transformers"))
     ]
-    return {(x["model"], x["minutes"], x["seed"]): x for x in ours}
+    # Records of before 27 November 2026, 20:00, have what the runs themselves took.
+    return {
+        (x["model"], x["minutes"], x["seed"]): {"seconds_by_trial": x["seconds"]} | x for x in ours
+    }
 
 
 def run_all(args):
@@ -377,10 +387,11 @@ def run_all(args):
         # Before two runs would write it at once.
         long_rows(args)
     args.to_choose_by = to_choose_by(args) if len(args.finetune_rates) > 1 else None
-    names, parts = list(dict.fromkeys(name for name, _ in runs)), {}
+    names, parts, seconds = list(dict.fromkeys(name for name, _ in runs)), {}, {}
 
     def try_out(name, execute):
-        parts[name] = part_of_the_shortest(args, name, done, execute)
+        seconds[name] = seconds_of_a_step(args, name, execute)
+        parts[name] = part_of_the_shortest(args, name, done, seconds[name])
 
     def produce(run, execute):
         name, seed = run
@@ -392,6 +403,7 @@ def run_all(args):
                 continue
             record = {"model": name, "minutes": minutes, "seed": seed}
             record |= curve(folder, recipe(args, name, seed)["global_batch_size"])[-1]
+            record["seconds_by_trial"] = round(record["step"] * seconds[name], 1)
             record |= {"scores": finetune(args, name, folder, rates, execute)}
             record |= {"finetune_rates": rates} | acceptability(args, name, folder, execute)
             record |= {"settings": settings(args, name, seed)} | where
