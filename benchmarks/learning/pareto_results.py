@@ -172,11 +172,15 @@ def draw_differences(rows: list[dict], ours: list[dict], path: Path):
         return
     last = max(run["minutes"] for run in ours)
     losses = [run["eval_loss"] for run in ours if run["minutes"] == last]
-    others = sorted(longest.values(), key=lambda row: row["loss"], reverse=True)
+
+    def lead(row):
+        return -mean(row["all loss, equal minutes"] or row["all loss, equal Mtokens"])
+
+    others = sorted(longest.values(), key=lead)
     figure = Figure(figsize=(10, 1.5 + 0.35 * len(others)), layout="constrained")
     panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
     for panel, (axis, title) in zip(panels, titles.items(), strict=True):
-        spread = f"MosaicBERT, {len(losses)} seed(s)"
+        spread = f"seeds of MosaicBERT: {len(losses)}"
         panel.axvspan(*(f(losses) - mean(losses) for f in (min, max)), color="0.9", label=spread)
         panel.axvline(0, color="grey", linestyle="--")
         for y, row in enumerate(others):
@@ -187,5 +191,6 @@ def draw_differences(rows: list[dict], ours: list[dict], path: Path):
         panel.set_title(title)
         panel.set_xlabel("held-out loss, difference from MosaicBERT's (nats)")
         panel.grid(axis="x", alpha=0.3)
-    panels[0].legend(loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center")
     figure.savefig(path, dpi=100)
