@@ -16,6 +16,9 @@ from mosaic_tools.family import is_ours, listed
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
 
+# Of a group of parameters, what belongs to an optimizer's state, not to its settings.
+KEPT = ("params", "lr", "fused", "foreach", "capturable", "differentiable")
+
 
 class RecipeTrainer(Trainer):
     """Trainer that decays all parameters, as published, and saves no export of older weights, but
@@ -25,28 +28,29 @@ class RecipeTrainer(Trainer):
         return [name for name, _ in model.named_parameters()]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Takes their states from a checkpoint; learning rate, decay and betas are what this run
-        was told, and a change is printed."""
-        told = [{k: x for k, x in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        """Takes their states from a checkpoint; learning rate, decay, betas and the like are what
+        this run was told, and another learning rate is printed. A schedule that goes by the loss
+        keeps its rate."""
+        told = [{k: x for k, x in g.items() if k not in KEPT} for g in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = self.lr_scheduler
-        # One that lowers the rate by the loss has none, and keeps its own.
-        if not checkpoint or not hasattr(schedule, "lr_lambdas"):
+        if not checkpoint:
             return
-        schedule.base_lrs = [values["initial_lr"] for values in told]
-        changes = set()
-        groups = zip(self.optimizer.param_groups, told, schedule.lr_lambdas, strict=True)
-        for group, values, factor in groups:
-            for name in values.keys() - {"lr"}:
-                before, now = group.get(name, values[name]), values[name]
-                if before != now:
-                    called = {"initial_lr": "learning_rate"}.get(name, name)
-                    changes.add(f"{called} {before}, and goes on with {now}")
-            group.update(values, lr=values["initial_lr"] * factor(schedule.last_epoch))
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        before = [group.get("initial_lr") for group in groups]
+        for group, values in zip(groups, told, strict=True):
+            group.update(values)
+        if not hasattr(schedule, "lr_lambdas"):
+            return
+        schedule.base_lrs = [group["initial_lr"] for group in groups]
+        for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
         # What the log reads.
-        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        for change in sorted(changes):
-            self.accelerator.print(f"{checkpoint} was trained with {change}")
+        schedule._last_lr = [group["lr"] for group in groups]
+        for group, rate in zip(groups, before, strict=True):
+            if group["initial_lr"] != rate:
+                name = "muon_learning_rate" if "parts" in group else "learning_rate"
+                change = f"{name} {rate:g}, and goes on with {group['initial_lr']:g}"
+                self.accelerator.print(f"{checkpoint} was trained with {change}")
 
     def _save_checkpoint(self, *args, **kwargs):
         name = f"checkpoint-{self.state.global_step}"

@@ -303,16 +303,30 @@ def test_a_run_goes_on_with_the_rates_and_betas_that_it_is_told(train, tmp_path,
     values |= {"learning_rate": 3e-4, "decoupled_weight_decay": 1e-3, "adam_beta2": 0.9}
     train(**values, resume_from_checkpoint="last")
     said = capfd.readouterr().out
-    change = (
-        "0.002, and goes on with 0.0001" if optim == "muon" else "0.003, and goes on with 0.0003"
-    )
-    assert f"out/checkpoint-3 was trained with learning_rate {change}" in said
-    assert "was trained with betas (0.9, 0.98), and goes on with (0.9, 0.9)" in said
+    change = "learning_rate 0.003, and goes on with 0.0003"
+    assert f"out/checkpoint-3 was trained with {change}" in said
+    change = "muon_learning_rate 0.002, and goes on with 0.0001"
+    assert (f"out/checkpoint-3 was trained with {change}" in said) == (optim == "muon")
     found = [x["learning_rate"] for x in read_log(tmp_path / "out") if "loss" in x]
     assert found[:3] == rates[:3] and found[3:] == pytest.approx([x / 10 for x in rates[3:]])
-    groups = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt")["param_groups"]
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    groups = torch.load(checkpoint / "optimizer.pt")["param_groups"]
+    peaks = [group["initial_lr"] for group in groups]
+    assert peaks[0] == 3e-4 and peaks[-1] == (1e-4 if optim == "muon" else 3e-4)
+    assert torch.load(checkpoint / "scheduler.pt")["base_lrs"] == peaks
     assert groups[0]["betas"] == (0.9, 0.9)
-    assert groups[0]["weight_decay"] == pytest.approx(1e-3 / 3e-4)
+    for group in groups:
+        assert group["weight_decay"] in (0, pytest.approx(1e-3 / group["initial_lr"]))
+
+
+def test_a_rate_that_goes_by_the_loss_is_kept_and_betas_are_what_the_run_is_told(train, tmp_path):
+    values = {"max_steps": 6, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    values |= {"eval_strategy": "steps", "eval_steps": 3}
+    train(**values)
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    train(**values, learning_rate=1e-4, adam_beta2=0.9, resume_from_checkpoint="last")
+    (group, *_) = torch.load(tmp_path / "out" / "checkpoint-6" / "optimizer.pt")["param_groups"]
+    assert group["betas"] == (0.9, 0.9) and group["lr"] == 3e-3
 
 
 @pytest.mark.parametrize("micro_batch", [4, 16])
