@@ -5,6 +5,7 @@ seeds bear out."""
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,9 +179,9 @@ def test_the_old_recipe_sees_as_many_positions_a_step(tmp_path):
     places = {x["max_seq_length"] * x["global_batch_size"] for x in found.values()}
     assert places == {32 * 128}
     assert found["bert_old"]["mlm_probability"] == found["masking_15"]["mlm_probability"] == 0.15
-    swapped = {name: found[name]["learning_rate"] for name in ablations.SWAPS}
-    assert set(swapped.values()) == {1e-3} and found["muon"]["learning_rate"] == 2e-3
-    assert found["untrained"]["learning_rate"] == 0
+    rates = {name: flags["learning_rate"] for name, flags in found.items()}
+    others = {"muon": 2e-3, "muon_no_dropout": 2e-3, "untrained": 0}
+    assert rates == dict.fromkeys(pareto.MODELS, 1e-3) | others
 
 
 def test_scores_are_compared_over_all_seeds_and_the_floors(monkeypatch):
@@ -485,7 +486,13 @@ for more in ([], [], ["--models", "mosaic", "--seeds", "1", "2"], draw):
     for record in records:
         assert math.isfinite(record["eval_loss"]) and record["flop"] > 0 and record["seconds"] > 0
         assert record["settings"]["others"] == ["--adam_beta1", "0.8"]
-        assert (record["seconds_by_trial"] > 0) == (record["model"] != "untrained")
+        trial = next((tmp_path / "out").glob(f"{record['model']}-0-*/log.jsonl"), None)
+        assert (trial is None) == (record["model"] == "untrained")
+        logs = map(json.loads, trial.read_text().splitlines()) if trial else []
+        speeds = [x["samples_per_second"] for x in logs if "loss" in x][5:]
+        rows = record["settings"]["global_batch_size"]
+        expected = record["step"] * rows / statistics.median(speeds) if trial else 0
+        assert record["seconds_by_trial"] == pytest.approx(expected, abs=0.06)
         assert len(record["scores"]["sst2"]) == 2
     steps = {x["minutes"]: x["step"] for x in records if x["model"] == "mosaic"}
     assert steps == {1e-4: 20, 2e-4: 40}

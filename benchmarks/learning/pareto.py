@@ -45,7 +45,7 @@ masked tokens.
 - The old recipe is Devlin et al.'s (2019, A.2; clipping by their code) in rows of 512 positions (a
   fifth of them padding), as many positions a step as the others. Warm-up stays 6 %, not 1 %, here a
   few steps; LayerNorm and biases decay too; no NSP.
-- `masking_falls` masks 30 % on the trunk and 15 % while the rate decays.
+- `masking_falls` masks 30 % on the trunk, and in its trial, and 15 % while the rate decays.
 
 Each core has a run at a time. The same command again goes on where it was, and skips what
 pareto.jsonl has of the same settings, device and versions. Unknown flags are train_mlm.py's.
@@ -370,10 +370,10 @@ def finished(args) -> dict[tuple, dict]:
         and place(x) == place(here)
         and all(x[key] == here[key] for key in ("torch", "transformers"))
     ]
-    # Records of before 27 November 2026, 20:00, have what the runs themselves took.
-    return {
-        (x["model"], x["minutes"], x["seed"]): {"seconds_by_trial": x["seconds"]} | x for x in ours
-    }
+    # Older ones have what the runs themselves took, which is not compared with minutes by trials.
+    by_trial = [x for x in ours if "seconds_by_trial" in x]
+    ours = by_trial or [x | {"seconds_by_trial": x["seconds"]} for x in ours]
+    return {(x["model"], x["minutes"], x["seed"]): x for x in ours}
 
 
 def run_all(args):
@@ -466,8 +466,8 @@ def main():
         raise SystemExit(
             f"{args.results / 'pareto.jsonl'} has no record of these settings, versions and device"
         )
-    if len(records) < len(args.plan):
-        print(f"{len(records)} of {len(args.plan)} runs are recorded")
+    if lacking := sum(key not in records for key in args.plan):
+        print(f"{len(args.plan) - lacking} of {len(args.plan)} runs are recorded")
     ours = [run for key, runs in found.items() if key[0] == "mosaic" for run in runs]
     floor = next((runs for key, runs in found.items() if key[0] == "untrained"), [])
     rows = [summary(runs, ours, floor) for runs in found.values()]
