@@ -12,7 +12,17 @@ import transformers
 from models import make
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from training import ACCELERATE, DOCUMENTS, ROOT, RUN, arguments, flags, losses, read_log, run
+from training import (
+    ACCELERATE,
+    DOCUMENTS,
+    ROOT,
+    RUN,
+    arguments,
+    flags,
+    losses,
+    rates,
+    run,
+)
 
 import train_mlm
 from mosaic_bert.bert_layers import BertForMaskedLM
@@ -239,10 +249,6 @@ def train(whole, tmp_path, monkeypatch):
         train_mlm.main()
 
     return main
-
-
-def rates(folder) -> list[float]:
-    return [entry["learning_rate"] for entry in read_log(folder) if "loss" in entry]
 
 
 @needs_muon

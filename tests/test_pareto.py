@@ -375,11 +375,17 @@ def test_a_sentence_scores_what_its_tokens_have_where_each_is_masked(build, tmp_
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, monkeypatch):
-    figures = []
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that pareto_results.py draws."""
+    drawn = []
     monkeypatch.setattr(
-        pareto_results, "Figure", lambda **x: figures.append(Figure(**x)) or figures[-1]
+        pareto_results, "Figure", lambda **x: drawn.append(Figure(**x)) or drawn[-1]
     )
+    return drawn
+
+
+def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, figures):
     run = {"seed": 1, "seconds_by_trial": 60.0, "tokens": 10**6, "flop": 1e12, "scores": {}}
     runs = [
         run | {"model": model, "minutes": 1, "eval_loss": loss, "cola_auc": auc}
@@ -400,11 +406,7 @@ def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, monkeypatch):
     assert len(figures[1].axes) == 2
 
 
-def test_the_figure_of_differences_has_a_dot_for_each_seed(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(
-        pareto_results, "Figure", lambda **x: figures.append(Figure(**x)) or figures[-1]
-    )
+def test_the_figure_of_differences_has_a_dot_for_each_seed(tmp_path, figures):
     # At 2 minutes MosaicBERT has 5.0 and 5.2; at 2^0.5, halfway to what it has at 1, 5.6.
     losses = {("mosaic", 1): (6.0, 6.2), ("mosaic", 2): (5.0, 5.2)}
     losses |= {("no_glu", 2): (5.7, 5.9), ("muon", 2): (4.9, 4.8)}

@@ -20,6 +20,7 @@ from training import (
     arguments,
     flags,
     losses,
+    rates,
     read_log,
     run,
     start,
@@ -291,7 +292,7 @@ def test_a_run_goes_on_with_the_rates_and_betas_that_it_is_told(train, tmp_path,
     values |= {"muon_learning_rate": 2e-3} if optim == "muon" else {}
     train(**values)
     before = losses(tmp_path / "out")
-    rates = [x["learning_rate"] for x in read_log(tmp_path / "out") if "loss" in x]
+    scheduled = rates(tmp_path / "out")
     (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
     capfd.readouterr()
     train(**values, resume_from_checkpoint="last")
@@ -307,8 +308,9 @@ def test_a_run_goes_on_with_the_rates_and_betas_that_it_is_told(train, tmp_path,
     assert f"out/checkpoint-3 was trained with {change}" in said
     change = "muon_learning_rate 0.002, and goes on with 0.0001"
     assert (f"out/checkpoint-3 was trained with {change}" in said) == (optim == "muon")
-    found = [x["learning_rate"] for x in read_log(tmp_path / "out") if "loss" in x]
-    assert found[:3] == rates[:3] and found[3:] == pytest.approx([x / 10 for x in rates[3:]])
+    found = rates(tmp_path / "out")
+    assert found[:3] == scheduled[:3]
+    assert found[3:] == pytest.approx([x / 10 for x in scheduled[3:]])
     checkpoint = tmp_path / "out" / "checkpoint-6"
     groups = torch.load(checkpoint / "optimizer.pt")["param_groups"]
     peaks = [group["initial_lr"] for group in groups]

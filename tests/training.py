@@ -150,6 +150,11 @@ def losses(folder: Path) -> dict[int, float]:
     return by_step
 
 
+def rates(folder: Path) -> list[float]:
+    """The learning rate of each step that a run logged."""
+    return [entry["learning_rate"] for entry in read_log(folder) if "loss" in entry]
+
+
 def trained_tokenizer(**values):
     from mosaic_tools import recipe, tokenization
 

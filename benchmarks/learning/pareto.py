@@ -247,10 +247,12 @@ def seconds_of_a_step(args, name: str, execute) -> float:
 def part_of_the_shortest(args, name: str, done: dict, seconds: float) -> int:
     """Steps of a PARTS-th of the shortest budget: as in records, or by the seconds of a step.
     Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
+    if name == "untrained":
+        return 0
     for (of, minutes, _), found in done.items():
-        if of == name != "untrained":
+        if of == name:
             return found["step"] // PARTS // times(args, minutes)
-    return max(1, round(60 * args.minutes[0] / seconds / PARTS)) if seconds else 0
+    return max(1, round(60 * args.minutes[0] / seconds / PARTS))
 
 
 def times(args, minutes: float) -> int:
