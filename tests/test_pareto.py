@@ -306,6 +306,8 @@ def test_what_is_trained_does_not_depend_on_how_it_is_evaluated(tmp_path):
     after = pareto.folder_of(args, "mosaic", 1), pareto.settings(args, "mosaic", 1)
     assert before[0] == after[0] and before[1] != after[1]
     args.minutes = [5, 10, 20]
+    assert pareto.folder_of(args, "mosaic", 1) == before[0]
+    args.minutes = [10, 20]
     assert pareto.folder_of(args, "mosaic", 1) != before[0]
 
 

@@ -22,8 +22,8 @@ masked tokens.
 - All budgets of a model and seed are on one trunk, which keeps its rate after a warm-up, a fifth of
   the shortest budget. The last 15 % of each are a branch off it in which the rate decays to 0, as
   1 - sqrt (Haegele et al. 2024). `bert_old` and `linear_decay` have a run for each budget, whose
-  rate decays linearly after 6 % of it. Longer budgets are multiples of the shortest. Other budgets
-  are another curve, and trained anew.
+  rate decays linearly after 6 % of it. Longer budgets are multiples of the shortest. A trunk can be
+  lengthened later; another shortest budget is another curve, and trained anew.
 - Trials come first, side by side: let nothing else run then. They say what a step costs, on a CPU
   in the process's own CPU time (cpu_clock.py), and how many fit a budget, of which every seed takes
   as many. Minutes are steps by the trial. What a run itself took, with whatever ran beside it, is
@@ -174,7 +174,7 @@ def of_training(args, name: str, seed: int) -> dict:
     data = args.prepared_long if name == "bert_old" else args.prepared_data
     found = recipe(args, name, seed) | {"data": data.name, "others": args.others}
     found |= {f"{x}_on_trunk": y for x, y in ON_TRUNK.get(name, {}).items()}
-    return found if name == "untrained" else found | {"minutes": args.minutes}
+    return found if name == "untrained" else found | {"shortest": args.minutes[0]}
 
 
 def of_evaluation(args) -> dict:
@@ -400,7 +400,8 @@ def run_all(args):
         folders = pretrain(args, name, seed, parts[name], execute)
         *_, longest = folders.values()
         rates = best_rates(args, name, longest, execute) if args.tasks else {}
-        for minutes, folder in folders.items():
+        # The longest first: what it scores says most, should the run be broken off.
+        for minutes, folder in reversed(folders.items()):
             if (name, minutes, seed) not in missing:
                 continue
             record = {"model": name, "minutes": minutes, "seed": seed}
