@@ -120,6 +120,10 @@ def test_what_ours_has_at_equal_cost_is_between_its_budgets():
     # Of seeds that a budget lacks.
     assert at(30 * 2**0.5, runs[:-1]) == pytest.approx([5.4, 5.5], abs=0.03)
     assert at(40, runs[:3]) == at(40, []) == at(40, [runs[0], *runs[4:]]) == []
+    # A longer budget that has one seed takes none from the shorter ones.
+    longer = [*runs, {"seed": 0, "minutes": 2, "seconds": 120, "eval_loss": 4}]
+    assert at(30 * 2**0.5, longer) == pytest.approx([5.4, 5.5, 5.6])
+    assert at(60 * 2**0.5, longer) == pytest.approx([4.5])
     # Nothing is known between budgets that are far apart.
     far = [*runs[:3], *({**run, "seconds": run["seconds"] * 1.2} for run in runs[3:])]
     assert at(50, far) == [] and at(32, far) == [] and len(at(30, far)) == 3
@@ -301,14 +305,45 @@ def test_what_is_trained_does_not_depend_on_how_it_is_evaluated(tmp_path):
         **{"cola": None, "output_dir": tmp_path},
     )
     args.rates = pareto.RATES
-    before = pareto.folder_of(args, "mosaic", 1), pareto.settings(args, "mosaic", 1)
-    args.tasks, args.cola = ["sst2", "stsb"], Path("dev.jsonl")
-    after = pareto.folder_of(args, "mosaic", 1), pareto.settings(args, "mosaic", 1)
-    assert before[0] == after[0] and before[1] != after[1]
-    args.minutes = [5, 10, 20]
-    assert pareto.folder_of(args, "mosaic", 1) == before[0]
+    before = pareto.folder_of(args, "mosaic", 1)
+    # Nor on how long it is trained afterwards.
+    args.tasks, args.cola, args.minutes = ["sst2", "stsb"], Path("dev.jsonl"), [5, 10, 20]
+    assert pareto.folder_of(args, "mosaic", 1) == before
     args.minutes = [10, 20]
-    assert pareto.folder_of(args, "mosaic", 1) != before[0]
+    assert pareto.folder_of(args, "mosaic", 1) != before
+
+
+def test_a_run_has_its_loss_from_any_record_and_scores_of_the_same_fine_tuning(
+    tmp_path, monkeypatch
+):
+    here = {"device": "Chip", "cpu_instructions": [], "torch": "2", "transformers": "5"}
+    monkeypatch.setattr(pareto, "environment", lambda: here)
+    monkeypatch.setattr(pareto, "of_training", lambda args, name, seed: {"seed": seed})
+    args = SimpleNamespace(results=tmp_path, plan=[("mosaic", 5, 1)], tasks=["sst2"], cola=None)
+    args.finetune, args.finetune_rates, args.finetune_seeds = "--max_steps 4", [1e-4], [1]
+    run = {"model": "mosaic", "minutes": 5, "seed": 1, "settings": {"seed": 1}, "eval_loss": 4.0}
+    run |= here | {"seconds_by_trial": 300.0}
+    of_these = pareto.of_finetuning(args)
+    plain = {"finetuning": {}, "scores": {}}
+    tuned = {"finetuning": of_these, "scores": {"sst2": [0.8]}}
+    longer = {"finetuning": of_these | {"finetune": "--max_steps 8"}, "scores": {"sst2": [0.9]}}
+    old = {"finetuning": of_these, "scores": {"sst2": [0.7]}, "seconds_by_trial": None}
+
+    def written(*records):
+        lines = [json.dumps({k: v for k, v in (run | x).items() if v is not None}) for x in records]
+        (tmp_path / "pareto.jsonl").write_text("\n".join(lines))
+        found = pareto.results(args).get(("mosaic", 5, 1))
+        return found and (found["scores"], found.get("cola_auc")), bool(pareto.finished(args))
+
+    assert written(old) == (None, False)
+    assert written(old, longer) == (({}, None), False)
+    for records in ((plain, tuned), (tuned, plain), (longer, tuned, plain)):
+        assert written(*records) == (({"sst2": [0.8]}, None), True)
+    args.cola = "dev.jsonl"
+    assert written(tuned) == (({"sst2": [0.8]}, None), False)
+    assert written(tuned, plain | {"cola_auc": 0.6}) == (({"sst2": [0.8]}, 0.6), True)
+    args.tasks, args.cola = [], None
+    assert written(tuned) == (({}, None), True)
 
 
 def test_budgets_that_are_no_multiples_are_refused(monkeypatch, capsys):
@@ -387,24 +422,28 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_figure_has_colas_auc_where_all_models_do(tmp_path, figures):
+def test_the_figure_has_what_is_known_of_each_model(tmp_path, figures):
     run = {"seed": 1, "seconds_by_trial": 60.0, "tokens": 10**6, "flop": 1e12, "scores": {}}
     runs = [
-        run | {"model": model, "minutes": 1, "eval_loss": loss, "cola_auc": auc}
-        for model, loss, auc in (("mosaic", 4.0, 0.6), ("bert", 5.0, 0.55), ("untrained", 9.0, 0.5))
+        run | {"model": "mosaic", "eval_loss": 4.0, "minutes": 1, "cola_auc": 0.6},
+        run | {"model": "bert", "eval_loss": 5.0, "minutes": 1, "scores": {"sst2": [0.7, 0.8]}},
+        run | {"model": "untrained", "eval_loss": 9.0, "minutes": 0, "cola_auc": 0.5},
     ]
     rows = [pareto_results.summary([x], runs[:1], runs[2:]) for x in runs]
-    pareto_results.draw(rows, [], tmp_path / "with.png")
-    assert (tmp_path / "with.png").stat().st_size > 1000
-    panels = figures[0].axes
-    assert [x.get_ylabel() for x in panels[:2]] == [
-        pareto_results.LABELS["loss"], pareto_results.LABELS["cola_auc"]
-    ]  # fmt: skip
-    heights = [float(line.get_ydata()[0]) for line in panels[1].lines if len(line.get_ydata())]
-    assert {0.6, 0.55, 0.5} <= set(heights)
-    del runs[1]["cola_auc"]
-    rows = [pareto_results.summary([x], runs[:1], runs[2:]) for x in runs]
-    pareto_results.draw(rows, [], tmp_path / "without.png")
+    pareto_results.draw(rows, ["sst2", "stsb"], tmp_path / "some.png")
+    assert (tmp_path / "some.png").stat().st_size > 1000
+    panels = figures[0].axes[:3]
+    assert len(figures[0].axes) == 6
+    heights = {
+        panel.get_ylabel(): [y for line in panel.lines for y in set(line.get_ydata())]
+        for panel in panels
+    }
+    labels = (pareto_results.LABELS[x] for x in ("loss", "sst2", "cola_auc"))
+    found = [[round(y, 3) for y in heights[x]] for x in labels]
+    assert [set(x) for x in found] == [{4.0, 5.0}, {0.7, 0.75, 0.8}, {0.6, 0.5}]
+    named = [x.get_text() for x in figures[0].legends[0].texts]
+    assert named == ["MosaicBERT", "BERT, same recipe", "no pre-training"]
+    pareto_results.draw(rows[1:2], [], tmp_path / "loss.png")
     assert len(figures[1].axes) == 2
 
 

@@ -27,7 +27,7 @@ masked tokens.
 - Trials come first, side by side: let nothing else run then. They say what a step costs, on a CPU
   in the process's own CPU time (cpu_clock.py), and how many fit a budget, of which every seed takes
   as many. Minutes are steps by the trial. What a run itself took, with whatever ran beside it, is
-  recorded as `seconds`. Start and evaluation do not count.
+  recorded as `seconds`. Start and evaluation do not count. A model that has records needs no trial.
 - FLOP is callbacks.Throughput's: padding, and logits of tokens without a label, which BERT
   computes, do not count.
 - Fine-tuning has one rate for each run and task: of --finetune_rates the one that is best, after
@@ -48,7 +48,8 @@ masked tokens.
 - `masking_falls` masks 30 % on the trunk, and in its trial, and 15 % while the rate decays.
 
 Each core has a run at a time. The same command again goes on where it was, and skips what
-pareto.jsonl has of the same settings, device and versions. Unknown flags are train_mlm.py's.
+pareto.jsonl has of the same settings, device and versions; scores may come later, while the folders
+are there. Unknown flags are train_mlm.py's.
 Without names after --tasks nothing is fine-tuned, as to find the best rate:
 
     python benchmarks/learning/pareto.py ... --tasks --minutes 5 --seeds 1 --models mosaic bert \
@@ -177,15 +178,10 @@ def of_training(args, name: str, seed: int) -> dict:
     return found if name == "untrained" else found | {"shortest": args.minutes[0]}
 
 
-def of_evaluation(args) -> dict:
+def of_finetuning(args) -> dict:
     """What the scores depend on besides."""
     keys = ("tasks", "finetune", "finetune_rates", "finetune_seeds") if args.tasks else ()
-    return {key: getattr(args, key) for key in keys} | {"cola": bool(args.cola)}
-
-
-def settings(args, name: str, seed: int) -> dict:
-    """What a record depends on besides its key: model, minutes and seed."""
-    return of_training(args, name, seed) | of_evaluation(args)
+    return {key: getattr(args, key) for key in keys}
 
 
 def digest(found: dict) -> str:
@@ -233,8 +229,6 @@ def training(args, name: str, seed: int, folder: Path, steps: int, log: int, **f
 
 def seconds_of_a_step(args, name: str, execute) -> float:
     """By the second half of a trial."""
-    if name == "untrained":
-        return 0
     folder = folder_of(args, name, 0)
     if not (folder / "eval_results.json").exists():
         flags = {"overwrite": "true"} | ON_TRUNK.get(name, {})
@@ -244,15 +238,18 @@ def seconds_of_a_step(args, name: str, execute) -> float:
     return recipe(args, name, 0)["global_batch_size"] / rows_per_second
 
 
-def part_of_the_shortest(args, name: str, done: dict, seconds: float) -> int:
-    """Steps of a PARTS-th of the shortest budget: as in records, or by the seconds of a step.
-    Those of a longer one are a multiple, so that the trunk has a checkpoint where each decays."""
+def cost_of(args, name: str, done: list[dict], execute) -> tuple[int, float]:
+    """Steps of a PARTS-th of the shortest budget, and seconds of a step: as in records, or by a
+    trial. Steps of longer budgets are multiples, so that the trunk has a checkpoint where each
+    decays."""
     if name == "untrained":
-        return 0
-    for (of, minutes, _), found in done.items():
-        if of == name:
-            return found["step"] // PARTS // times(args, minutes)
-    return max(1, round(60 * args.minutes[0] / seconds / PARTS))
+        return 0, 0.0
+    for x in done:
+        if x["model"] == name:
+            part = x["step"] // PARTS // times(args, x["minutes"])
+            return part, x["seconds_by_trial"] / x["step"]
+    seconds = seconds_of_a_step(args, name, execute)
+    return max(1, round(60 * args.minutes[0] / seconds / PARTS)), seconds
 
 
 def times(args, minutes: float) -> int:
@@ -329,7 +326,7 @@ def best_rates(args, name: str, model: Path, execute) -> dict[str, float]:
         return dict.fromkeys(args.tasks, rates[0])
     found = {}
     for rate in rates:
-        folder = model / digest(of_evaluation(args)) / f"{rate:g}"
+        folder = model / digest(of_finetuning(args)) / f"{rate:g}"
         flags = {"data_dir": args.to_choose_by, "learning_rate": rate, "seeds": 0}
         execute(finetuning(args, name, model, folder, args.tasks, **flags))
         found[rate] = scores_of(folder)
@@ -340,7 +337,7 @@ def finetune(args, name: str, model: Path, rates: dict[str, float], execute) -> 
     """For each task the scores of --finetune_seeds."""
     scores = {}
     for task, rate in rates.items():
-        folder = model / digest(of_evaluation(args)) / task
+        folder = model / digest(of_finetuning(args)) / task
         command = finetuning(args, name, model, folder, [task], learning_rate=rate)
         execute([*command, "--seeds", *args.finetune_seeds])
         scores |= scores_of(folder)
@@ -359,45 +356,65 @@ def acceptability(args, name: str, model: Path, execute) -> dict:
 # ---- all ----
 
 
-def finished(args) -> dict[tuple, dict]:
-    """Records of these settings, this device and these versions by key."""
+def recorded(args) -> list[dict]:
+    """Records of these runs, this device and these versions, however they were fine-tuned."""
     file = args.results / "pareto.jsonl"
     records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-    wanted = {(name, seed): settings(args, name, seed) for name, _, seed in args.plan}
+    wanted = {(name, seed): of_training(args, name, seed) for name, _, seed in args.plan}
     here = environment()
-    ours = [
+    return [
         x
         for x in records
         if x["settings"] == wanted.get((x["model"], x["seed"]))
+        # Older ones have what the runs themselves took, which is not compared.
+        and "seconds_by_trial" in x
         and place(x) == place(here)
         and all(x[key] == here[key] for key in ("torch", "transformers"))
     ]
-    # Older ones have what the runs themselves took, which is not compared with minutes by trials.
-    by_trial = [x for x in ours if "seconds_by_trial" in x]
-    ours = by_trial or [x | {"seconds_by_trial": x["seconds"]} for x in ours]
-    return {(x["model"], x["minutes"], x["seed"]): x for x in ours}
+
+
+def results(args) -> dict[tuple, dict]:
+    """By key, what a run's records say together: scores of this fine-tuning only."""
+    found = {}
+    for x in recorded(args):
+        run = found.setdefault((x["model"], x["minutes"], x["seed"]), x | {"scores": {}})
+        if args.tasks and x["finetuning"] == of_finetuning(args):
+            run["scores"] |= x["scores"]
+        run |= {"cola_auc": x["cola_auc"]} if "cola_auc" in x else {}
+    return found
+
+
+def finished(args) -> list[tuple]:
+    """Keys of the runs that have all scores that are asked for."""
+    return [
+        key
+        for key, run in results(args).items()
+        if set(args.tasks) <= set(run["scores"])
+        and (not args.cola or key[0] in SWAPS or "cola_auc" in run)
+    ]
 
 
 def run_all(args):
     """Adds to the records what they lack of the plan."""
     # Fills transformers' cache of code, which runs side by side would race for.
     model_module()
-    done, where, one_writes = finished(args), environment(), threading.Lock()
-    missing = [key for key in args.plan if key not in done]
+    done, where, one_writes = recorded(args), environment(), threading.Lock()
+    there = finished(args)
+    missing = [key for key in args.plan if key not in there]
     runs = list(dict.fromkeys((name, seed) for name, _, seed in missing))
     if any(name == "bert_old" for name, _ in runs):
         # Before two runs would write it at once.
         long_rows(args)
     args.to_choose_by = to_choose_by(args) if len(args.finetune_rates) > 1 else None
-    names, parts, seconds = list(dict.fromkeys(name for name, _ in runs)), {}, {}
+    names, costs = list(dict.fromkeys(name for name, _ in runs)), {}
 
     def try_out(name, execute):
-        seconds[name] = seconds_of_a_step(args, name, execute)
-        parts[name] = part_of_the_shortest(args, name, done, seconds[name])
+        costs[name] = cost_of(args, name, done, execute)
 
     def produce(run, execute):
         name, seed = run
-        folders = pretrain(args, name, seed, parts[name], execute)
+        part, seconds = costs[name]
+        folders = pretrain(args, name, seed, part, execute)
         *_, longest = folders.values()
         rates = best_rates(args, name, longest, execute) if args.tasks else {}
         # The longest first: what it scores says most, should the run be broken off.
@@ -406,10 +423,11 @@ def run_all(args):
                 continue
             record = {"model": name, "minutes": minutes, "seed": seed}
             record |= curve(folder, recipe(args, name, seed)["global_batch_size"])[-1]
-            record["seconds_by_trial"] = round(record["step"] * seconds[name], 1)
+            record["seconds_by_trial"] = round(record["step"] * seconds, 1)
             record |= {"scores": finetune(args, name, folder, rates, execute)}
             record |= {"finetune_rates": rates} | acceptability(args, name, folder, execute)
-            record |= {"settings": settings(args, name, seed)} | where
+            record["settings"] = of_training(args, name, seed)
+            record |= {"finetuning": of_finetuning(args)} | where
             with one_writes, open(args.results / "pareto.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -461,7 +479,7 @@ def main():
     args.results.mkdir(parents=True, exist_ok=True)
     if not args.draw_only:
         run_all(args)
-    records, found = finished(args), {}
+    records, found = results(args), {}
     for key in args.plan:
         if key in records:
             found.setdefault(key[:2], []).append(records[key])

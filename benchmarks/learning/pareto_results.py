@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pareto.py's records say: what is claimed, rows of its table, and the figure."""
 
-from itertools import pairwise
+from bisect import bisect_left
 from pathlib import Path
 from statistics import mean
 
@@ -51,24 +51,25 @@ def claim(theirs: list[float], ours: list[float], lower_is_better: bool = False)
 
 
 def ours_at(cost: float, axis: str, y: str, ours: list[dict]) -> list[float]:
-    """What MosaicBERT has at this cost, a value for each seed that all its budgets have: on a line
-    between them over the cost's logarithm; none further than BEYOND what they cost on average, and
-    none between budgets that are more than FAR times apart."""
+    """What MosaicBERT has at this cost, a value for each seed that the budgets on both sides have:
+    on a line between these over the cost's logarithm, or through the outermost two; none further
+    than BEYOND what budgets cost on average, or between two more than FAR times apart."""
     budgets = {}
     for run in ours:
         budgets.setdefault(run["minutes"], {})[run["seed"]] = run
-    seeds = sorted(set.intersection(*map(set, budgets.values()))) if budgets else []
-    if len(budgets) < 2 or not seeds:
+    budgets = [budgets[minutes] for minutes in sorted(budgets)]
+    costs = [mean(run[axis] for run in of.values()) for of in budgets]
+    if len(budgets) < 2 or not costs[0] / BEYOND <= cost <= costs[-1] * BEYOND:
         return []
-    runs = [[found[seed] for seed in seeds] for _, found in sorted(budgets.items())]
-    costs = [mean(run[axis] for run in of_budget) for of_budget in runs]
-    if not costs[0] / BEYOND <= cost <= costs[-1] * BEYOND:
+    after = min(max(bisect_left(costs, cost), 1), len(costs) - 1)
+    before, pair = costs[after - 1], budgets[after - 1 : after + 1]
+    seeds = sorted(set.intersection(*map(set, pair)))
+    if not seeds or before < cost < costs[after] and costs[after] > FAR * before:
         return []
-    if any(after > FAR * before for before, after in pairwise(costs) if before < cost < after):
-        return []
-    heights = [[run[y] for run in of_budget] for of_budget in runs]  # (budgets, seeds)
-    line = interp1d(np.log(costs), heights, axis=0, fill_value="extrapolate")
-    return line(np.log(cost)).tolist()
+    found = [[of[seed] for seed in seeds] for of in pair]
+    log_costs = [np.log(mean(run[axis] for run in runs)) for runs in found]
+    heights = [[run[y] for run in runs] for runs in found]  # (budgets, seeds)
+    return interp1d(log_costs, heights, axis=0, fill_value="extrapolate")(np.log(cost)).tolist()
 
 
 def differences(runs: list[dict], ours: list[dict], axis: str, y: str) -> list[float]:
@@ -100,20 +101,20 @@ def summary(runs: list[dict], ours: list[dict], floor: list[dict]) -> dict:
     others = ours if row["model"] != "mosaic" else []
     losses = [x["eval_loss"] for x in runs]
     row |= {"loss": mean(losses), "all loss": losses}
-    if all("cola_auc" in x for x in runs):
-        row["all cola_auc"] = [x["cola_auc"] for x in runs]
-        row["cola_auc"] = mean(row["all cola_auc"])
+    if areas := [x["cola_auc"] for x in runs if "cola_auc" in x]:
+        row |= {"cola_auc": mean(areas), "all cola_auc": areas}
     for name, (key, _) in AXES.items():
         row[f"loss, equal {name}"] = compared(runs, others, key, "eval_loss")
         row[f"all loss, equal {name}"] = differences(runs, others, key, "eval_loss")
-    for task in runs[0]["scores"]:
-        values, least = ([y for x in of for y in x["scores"][task]] for of in (runs, floor))
+    for task in dict.fromkeys(task for x in runs for task in x["scores"]):
+        theirs, alone, mosaic = (
+            [x | {task: mean(x["scores"][task])} for x in of if task in x["scores"]]
+            for of in (runs, floor, others)
+        )
+        values, least = ([y for x in of for y in x["scores"][task]] for of in (theirs, alone))
         row |= {task: mean(values), f"all {task}": values}
         row[f"{task}, spread"] = f"{min(values):.1%} to {max(values):.1%}"
-        theirs, alone, mosaic = (
-            [x | {task: mean(x["scores"][task])} for x in of] for of in (runs, floor, others)
-        )
-        if len(runs) >= 3:
+        if len(theirs) >= 3:
             values, least = ([x[task] for x in of] for of in (theirs, alone))
         row[f"{task}, above the floor"] = claim(values, least)
         row[f"{task}, equal minutes"] = compared(theirs, mosaic, "seconds_by_trial", task)
@@ -127,12 +128,11 @@ LABELS |= {"cola_auc": "CoLA, area under ROC curve"}
 
 
 def draw(rows: list[dict], tasks: list[str], path: Path):
-    """Held-out loss, each task's score and, if known, CoLA's AUC against minutes and FLOP: means
-    over seeds, with bars from the worst to the best. In grey, from worst to best, what there is
-    without pre-training, tasks being fine-tuned."""
-    quantities = ["loss", *tasks]
-    if all("cola_auc" in row for row in rows):
-        quantities.append("cola_auc")
+    """Held-out loss, each task's score and CoLA's AUC, where they are known, against minutes and
+    FLOP: means over seeds, with bars from the worst to the best. In grey, from worst to best, what
+    there is without pre-training, tasks being fine-tuned."""
+    known = set().union(*rows)
+    quantities = [y for y in ("loss", *tasks, "cola_auc") if y in known]
     figure = Figure(figsize=(4.2 * len(quantities), 7), layout="constrained")
     grid = figure.subplots(2, len(quantities), sharex="row", sharey="col", squeeze=False)
     for panels, x in zip(grid, ("minutes", "TFLOP"), strict=True):
@@ -143,13 +143,13 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
                     "marker": "o" if name in AT_ALL_BUDGETS else "x",
                     "capsize": 2,
                 }
-                points = [row for row in rows if row["model"] == name]
+                points = [row for row in rows if row["model"] == name and y in row]
                 bars = [[p[y] - min(p[f"all {y}"]) for p in points]]
                 bars += [[max(p[f"all {y}"]) - p[y] for p in points]]
                 places, heights = ([p[key] for p in points] for key in (x, y))
                 panel.errorbar(places, heights, bars, label=title if points else None, **look)
             for row in rows:
-                if row["model"] == "untrained" and y != "loss":
+                if row["model"] == "untrained" and y != "loss" and y in row:
                     panel.axhspan(min(row[f"all {y}"]), max(row[f"all {y}"]), color="0.9")
                     panel.axhline(row[y], color="grey", linestyle="--", label="no pre-training")
             panel.set(xscale="log", xlabel=f"{x} of pre-training", ylabel=LABELS.get(y, y))
@@ -157,7 +157,11 @@ def draw(rows: list[dict], tasks: list[str], path: Path):
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(*grid[0, -1].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    named = {}
+    for panel in grid[0]:
+        handles, labels = panel.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=100)
 
 
