@@ -287,13 +287,19 @@ def test_an_interrupted_curve_goes_on_from_its_own_checkpoints(tmp_path, monkeyp
     args.minutes = [5, 10]
     monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
     monkeypatch.setattr(pareto, "training", lambda _, __, ___, folder, *____, **_____: folder)
-    (tmp_path / "trunk" / "checkpoint-3400").mkdir(parents=True)
-    mark_complete(tmp_path / "trunk" / "checkpoint-3400")
+    # The trunk has gone further.
+    for steps in (3400, 6800):
+        (tmp_path / "trunk" / f"checkpoint-{steps}").mkdir(parents=True)
+        mark_complete(tmp_path / "trunk" / f"checkpoint-{steps}")
     (tmp_path / "10").mkdir()
     (tmp_path / "10" / "eval_results.json").touch()
     seen = []
     pareto.pretrain(args, "mosaic", 1, 100, seen.append)
     assert seen == [tmp_path / "5"]
+    (tmp_path / "trunk" / "checkpoint-3400" / "complete.json").unlink()
+    seen.clear()
+    pareto.pretrain(args, "mosaic", 1, 100, seen.append)
+    assert seen == [tmp_path / "trunk", tmp_path / "5"]
 
 
 def test_what_is_trained_does_not_depend_on_how_it_is_evaluated(tmp_path):

@@ -90,7 +90,7 @@ from benchmarks.learning.pareto_results import (
 )
 from benchmarks.learning.side_by_side import curve, each_on_a_core, words_of
 from benchmarks.records import RESULTS, ROOT, environment, place, print_table
-from mosaic_tools.checkpoints import newest_checkpoint
+from mosaic_tools.checkpoints import what_is_torn
 from mosaic_tools.prepared import begin, load_prepared, shard_files, write_shard
 from mosaic_tools.recipe import DataArguments
 
@@ -266,7 +266,7 @@ def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path
     trunk, warm_up = folder / "trunk", {"warmup_steps": max(1, PARTS * part // 5)}
     if name not in WITHOUT_TRUNK:
         steps = max(branches.values())
-        if newest_checkpoint(trunk)[0] != trunk / f"checkpoint-{steps}":
+        if what_is_torn(trunk / f"checkpoint-{steps}"):
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
             flags |= warm_up | ON_TRUNK.get(name, {})
