@@ -230,9 +230,9 @@ def test_rates_are_chosen_by_training_rows_that_are_not_trained_on(tmp_path, mon
     monkeypatch.setattr(pareto, "finetuning", lambda *words, **flags: flags["learning_rate"])
     found = {1e-4: {"a": [0.5], "b": [0.7]}, 1e-3: {"a": [0.6], "b": [0.1]}}
     tried = []
-    monkeypatch.setattr(pareto, "scores_of", lambda _: found[tried[-1]])
-    assert pareto.best_rates(args, "mosaic", folder, tried.append) == {"a": 1e-3, "b": 1e-4}
-    assert tried == [1e-4, 1e-3]
+    monkeypatch.setattr(pareto, "scores_of", lambda _, task: found[tried[-1]][task])
+    rates = {x: pareto.best_rate(args, "mosaic", folder, x, tried.append) for x in args.tasks}
+    assert rates == {"a": 1e-3, "b": 1e-4} and tried == [1e-4, 1e-3] * 2
 
 
 def test_masking_falls_where_the_rate_does(tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def of_training(args, name: str, seed: int) -> dict:
 
 def of_finetuning(args) -> dict:
     """What the scores depend on besides."""
-    keys = ("tasks", "finetune", "finetune_rates", "finetune_seeds") if args.tasks else ()
+    keys = ("finetune", "finetune_rates", "finetune_seeds") if args.tasks else ()
     return {key: getattr(args, key) for key in keys}
 
 
@@ -288,20 +288,20 @@ def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path
 # ---- fine-tuning ----
 
 
-def finetuning(args, name: str, model: Path, folder: Path, tasks: list[str], **flags) -> list:
+def finetuning(args, name: str, model: Path, folder: Path, task: str, **flags) -> list:
     """A command that fine-tunes the model."""
     # Learned positions have no more.
     length = data_of(args.prepared_data).max_seq_length
     flags = {"data_dir": args.glue, "max_seq_length": length} | flags
     flags |= {x: y for x, y in MODELS[name].items() if x == "low_precision_layernorm"}
-    words = ["--task", *tasks, *shlex.split(args.finetune)]
+    words = ["--task", task, *shlex.split(args.finetune)]
     return command(name, "finetune.py", words, model=model, output_dir=folder, **flags)
 
 
-def scores_of(folder: Path) -> dict[str, list[float]]:
-    """For each task the scores of its seeds."""
+def scores_of(folder: Path, task: str) -> list[float]:
+    """One for each seed."""
     tasks = json.loads((folder / "results.json").read_text())["tasks"]
-    return {task: [run["score"] for run in found["runs"]] for task, found in tasks.items()}
+    return [run["score"] for run in tasks[task]["runs"]]
 
 
 def to_choose_by(args) -> Path:
@@ -319,18 +319,17 @@ def to_choose_by(args) -> Path:
     return folder
 
 
-def best_rates(args, name: str, model: Path, execute) -> dict[str, float]:
-    """For each task the rate with the best score of rows held out of the training data."""
-    rates = args.finetune_rates
+def best_rate(args, name: str, model: Path, task: str, execute) -> float:
+    """The one with the best score of rows held out of the training data."""
+    rates, found = args.finetune_rates, {}
     if len(rates) == 1:
-        return dict.fromkeys(args.tasks, rates[0])
-    found = {}
+        return rates[0]
     for rate in rates:
-        folder = model / digest(of_finetuning(args)) / f"{rate:g}"
+        folder = model / digest(of_finetuning(args)) / f"{task}-{rate:g}"
         flags = {"data_dir": args.to_choose_by, "learning_rate": rate, "seeds": 0}
-        execute(finetuning(args, name, model, folder, args.tasks, **flags))
-        found[rate] = scores_of(folder)
-    return {task: max(rates, key=lambda rate: found[rate][task]) for task in args.tasks}
+        execute(finetuning(args, name, model, folder, task, **flags))
+        (found[rate],) = scores_of(folder, task)
+    return max(rates, key=found.get)
 
 
 def finetune(args, name: str, model: Path, rates: dict[str, float], execute) -> dict:
@@ -338,9 +337,9 @@ def finetune(args, name: str, model: Path, rates: dict[str, float], execute) -> 
     scores = {}
     for task, rate in rates.items():
         folder = model / digest(of_finetuning(args)) / task
-        command = finetuning(args, name, model, folder, [task], learning_rate=rate)
+        command = finetuning(args, name, model, folder, task, learning_rate=rate)
         execute([*command, "--seeds", *args.finetune_seeds])
-        scores |= scores_of(folder)
+        scores[task] = scores_of(folder, task)
     return scores
 
 
@@ -416,7 +415,7 @@ def run_all(args):
         part, seconds = costs[name]
         folders = pretrain(args, name, seed, part, execute)
         *_, longest = folders.values()
-        rates = best_rates(args, name, longest, execute) if args.tasks else {}
+        rates = {x: best_rate(args, name, longest, x, execute) for x in args.tasks}
         # The longest first: what it scores says most, should the run be broken off.
         for minutes, folder in reversed(folders.items()):
             if (name, minutes, seed) not in missing:
