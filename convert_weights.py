@@ -50,7 +50,14 @@ from mosaic_tools.family import (
 from mosaic_tools.files import check_folder, writing
 from mosaic_tools.layouts import from_ours, to_ours
 from mosaic_tools.onnx_export import TASKS, check_packages, for_task, save_onnx
-from mosaic_tools.publishing import check_repo_id, publish, remove_derived, write_pooling
+from mosaic_tools.publishing import (
+    carry_pooling,
+    check_modules,
+    check_repo_id,
+    publish,
+    remove_derived,
+    settings_of,
+)
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
 from mosaic_tools.weights import fetch, read_config, read_tensors
 
@@ -265,6 +272,10 @@ def convert(
         architecture = (values.get("architectures") or [""])[0]
         task, auto_class, tensors = for_task(source, architecture, auto_class, tensors, task)
         dtype = "float32"
+    embeds = {"jina": True, "onnx": task == "feature-extraction"}
+    embeds = embeds.get(layout, bool(settings_of(path, "modules.json", list)))
+    if embeds:
+        check_modules(source)
     model = make_model(auto_class, config, tensors)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
@@ -296,12 +307,15 @@ def convert(
         if layout == "jina":
             save_jina(model, auto_class, folder, tokenizer)
         elif layout == "onnx":
-            save_onnx(model, task, folder, source, int8)
+            save_onnx(model, task, folder, int8)
         else:
             model.save_pretrained(folder)
+        length = config.alibi_starting_size
+        if embeds:
+            length = carry_pooling(source, folder, config.hidden_size, length)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-            make_tokenizer_portable(folder, config.alibi_starting_size)
+            make_tokenizer_portable(folder, length)
         if aot and of_encoder:
             save_aot(model.base_model, "last_hidden_state", folder)
         elif aot:
@@ -392,7 +406,7 @@ def make_model(auto_class: str, config, tensors: dict[str, Tensor]):
 
 
 def save_jina(model, auto_class: str, folder: Path, tokenizer):
-    """Weights, config.json and pooling in Jina's layout, for servers.
+    """Weights and config.json in Jina's layout, for servers.
 
     Raises:
         ValueError: a classifier, which servers do not read in this layout, a decoder of its own,
@@ -420,7 +434,6 @@ def save_jina(model, auto_class: str, folder: Path, tokenizer):
     config["max_position_embeddings"] = model.config.alibi_starting_size
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_pooling(folder, model.config.hidden_size, model.config.alibi_starting_size)
 
 
 # ---- files ----

@@ -24,7 +24,7 @@ from mosaic_tools import family
 from mosaic_tools.callbacks import LogFile, StopOnSigterm
 from mosaic_tools.checkpoints import Checkpoints
 from mosaic_tools.pairs import SCORED, PairArguments, is_scored
-from mosaic_tools.publishing import check_modules, settings_of, write_pooling
+from mosaic_tools.publishing import PROMPTS, check_modules, settings_of, write_pooling
 from mosaic_tools.recipe import RecipeArguments, check_range, option
 from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, max_length_of
 from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
@@ -63,7 +63,6 @@ RANKING = {
     "eval_cosine_recall@10": "Recall@10",
 }
 CORRELATION = {"eval_spearman_cosine": "Spearman correlation"}
-SETTINGS = "config_sentence_transformers.json"
 
 
 @dataclass
@@ -151,7 +150,7 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
     if not source:
         raise ValueError("give --model_name_or_path, the folder or Hub id of a pre-trained encoder")
     values = family.config_values(source)
-    check_modules(source)
+    normalize = "Normalize" in check_modules(source)
     tokenizer = load_tokenizer(args.tokenizer_name or source)
     encoder = load_encoder(args, values, tokenizer, data.max_seq_length)
     if wrong := [x for x in args.matryoshka_dims or [] if not 0 < x <= encoder.config.hidden_size]:
@@ -175,8 +174,8 @@ def build_embedder(args: EmbedderArguments, data: PairArguments) -> SentenceTran
             custom_object_save(encoder, place, config=encoder.config)
         save_file(encoder.state_dict(), place / "model.safetensors", {"format": "pt"})
         prompts = {"query": "", "document": ""}
-        prompts |= settings_of(source, SETTINGS).get("prompts", {}) | data.prompts()
-        save_modules(encoder, tokenizer, place, length, prompts)
+        prompts |= settings_of(source, PROMPTS).get("prompts", {}) | data.prompts()
+        save_modules(encoder, tokenizer, place, length, prompts, normalize)
         embedder = SentenceTransformer(str(place), trust_remote_code=True, device="cpu")
     # Not the copy, which may have a new pooler.
     embedder[0].model = encoder
@@ -208,14 +207,16 @@ def load_encoder(args: EmbedderArguments, values: dict, tokenizer, max_seq_lengt
     return encoder
 
 
-def save_modules(encoder, tokenizer, folder, max_seq_length: int, prompts: dict[str, str]):
+def save_modules(
+    encoder, tokenizer, folder, max_seq_length: int, prompts: dict[str, str], normalize: bool
+):
     """What makes an encoder's folder a SentenceTransformer, in the forms of old versions of the
     library, which new ones read too."""
     tokenizer.save_pretrained(folder)
     make_tokenizer_portable(folder, max_seq_length, has_token_types(encoder.config))
-    write_pooling(folder, encoder.config.hidden_size, max_seq_length)
+    write_pooling(folder, encoder.config.hidden_size, max_seq_length, normalize)
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    file = Path(folder, SETTINGS)
+    file = Path(folder, PROMPTS)
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -487,8 +488,9 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
 
     def finish_folder(self, folder):
         model = self.model
-        prompts, length = model.prompts, model.max_seq_length
-        save_modules(model[0].model, self.processing_class, folder, length, prompts)
+        normalize = any(type(module).__name__ == "Normalize" for module in model)
+        settings = model.max_seq_length, model.prompts, normalize
+        save_modules(model[0].model, self.processing_class, folder, *settings)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))

@@ -13,7 +13,6 @@ are beside them: transformers would take the folder for a stock BERT, and draw i
 """
 
 import importlib.util
-import json
 import tempfile
 import warnings
 from collections import Counter
@@ -22,8 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
-
-from mosaic_tools.publishing import check_modules, settings_of, write_pooling
 
 # Tasks by optimum's names, the class that a task's model is loaded as, and its output.
 TASKS = {
@@ -42,9 +39,6 @@ MOST_BYTES = 2**31 - 2**20
 FIELDS = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "num_hidden_layers")
 FIELDS += ("num_attention_heads", "pad_token_id", "type_vocab_size", "vocab_size")
 OF_LABELS = ("id2label", "label2id", "problem_type")
-# What sentence-transformers puts before texts.
-PROMPTS = "config_sentence_transformers.json"
-OF_PROMPTS = ("prompts", "default_prompt_name", "similarity_fn_name")
 
 
 def check_packages():
@@ -92,18 +86,15 @@ def for_task(
     return task, TASKS[task][0], tensors
 
 
-def save_onnx(model: nn.Module, task: str, folder: Path, source: str, int8: bool = False):
-    """Writes the files of the module's docstring, all but the tokenizer's.
+def save_onnx(model: nn.Module, task: str, folder: Path, int8: bool = False):
+    """Writes the graph and config.json.
 
     Args:
         model: of the class that TASKS has for the task, in float32.
-        source: Hub id, folder or file that it comes from, which may have sentence-transformers'
-            modules, length of texts and prompts.
 
     Raises:
-        ValueError: the weights take more than an ONNX file holds, or `check_modules`'s.
+        ValueError: the weights take more than an ONNX file holds.
     """
-    modules = check_modules(source) if task == "feature-extraction" else []
     model.eval()
     size = sum(x.nbytes for x in model.parameters())
     if size > MOST_BYTES:
@@ -124,13 +115,6 @@ def save_onnx(model: nn.Module, task: str, folder: Path, source: str, int8: bool
         **{name: getattr(config, name) for name in fields},
     )
     stock.save_pretrained(folder)
-    if task == "feature-extraction":
-        length = settings_of(source, "sentence_bert_config.json").get("max_seq_length")
-        length = length or config.alibi_starting_size
-        write_pooling(folder, config.hidden_size, length, normalize="Normalize" in modules)
-        found = settings_of(source, PROMPTS)
-        if settings := {name: found[name] for name in OF_PROMPTS if name in found}:
-            (folder / PROMPTS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def export(model: nn.Module, output: str, file: Path):

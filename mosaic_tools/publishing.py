@@ -17,6 +17,9 @@ from transformers.utils import cached_file
 from mosaic_tools import aot
 from mosaic_tools.files import inside, listed_shards, read_json
 
+# What sentence-transformers puts before texts.
+PROMPTS = "config_sentence_transformers.json"
+OF_PROMPTS = ("prompts", "default_prompt_name", "similarity_fn_name")
 POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 # ONNX, where optimum, sentence-transformers and transformers.js look for it, with its data.
 EXPORTS = (
@@ -90,6 +93,23 @@ def takes_the_mean(pooling: dict) -> bool:
     return (old or new and not modes) and pooling.get("include_prompt", True) is True
 
 
+def carry_pooling(source: str, folder: Path, dim: int, max_length: int) -> int:
+    """Makes an encoder's folder the SentenceTransformer that its source is: the mean, length 1 or
+    not, prompts, and where texts are cut, at `max_length` tokens if the source says nothing.
+    Returns that length.
+
+    Raises:
+        ValueError: as `check_modules`.
+    """
+    normalize = "Normalize" in check_modules(source)
+    length = settings_of(source, "sentence_bert_config.json").get("max_seq_length") or max_length
+    write_pooling(folder, dim, length, normalize)
+    found = settings_of(source, PROMPTS)
+    if settings := {name: found[name] for name in OF_PROMPTS if name in found}:
+        (folder / PROMPTS).write_text(json.dumps(settings, indent=2) + "\n")
+    return length
+
+
 def write_pooling(folder: str | Path, dim: int, max_length: int, normalize: bool = False):
     """Writes what tells sentence-transformers and servers to take the mean over all tokens.
 
@@ -126,7 +146,7 @@ def remove_derived(folder: str | Path):
     of the new ones, or with them: exports, what is compiled, adapters, the list of modules."""
     derived = (*EXPORTS, "openvino/openvino_*", *ADAPTERS, *POOLING_FILES, "router_config.json")
     derived += (aot.FILE, aot.LOADER)
-    for pattern in (*derived, "config_sentence_transformers.json"):
+    for pattern in (*derived, PROMPTS):
         for file in Path(folder).glob(pattern):
             file.unlink()
 

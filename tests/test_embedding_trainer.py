@@ -2,6 +2,8 @@
 """embedding_trainer.py: the encoder is the checkpoint's, the loss is sentence-transformers' own,
 batches hold no text twice and come from one source, and the evaluation counts what it says."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import run_python
 from embeddings import PAIRS, RUN, SCORED, train, write_data
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Pooling
+from sentence_transformers.models import Dense, Normalize, Pooling
 from sentence_transformers.sentence_transformer.losses import (
     CoSENTLoss,
     MatryoshkaLoss,
@@ -352,6 +354,21 @@ def test_prompts_that_are_not_given_are_the_models(golden, tmp_path):
     for given, expected in (({}, "the "), ({"query_prompt": ""}, ""), ({"query_prompt": "q"}, "q")):
         prompts = build_embedder(args, PairArguments(**given, document_prompt="d")).prompts
         assert prompts == {"query": expected, "document": "d"}
+
+
+def test_vectors_of_length_1_stay_so(golden, tmp_path):
+    """A second stage lost the module, and dot products in an index were no cosines any more."""
+    embedder = embedder_of(golden)
+    assert [type(x).__name__ for x in embedder] == ["Transformer", "Pooling"]
+    embedder.append(Normalize())
+    embedder.save(str(tmp_path / "source"))
+    embedder = embedder_of(tmp_path / "source")
+    trained = SimpleNamespace(model=embedder, processing_class=embedder.tokenizer)
+    embedder[0].model.save_pretrained(tmp_path / "out")
+    EmbeddingTrainer.finish_folder(trained, tmp_path / "out")
+    saved = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    lengths = saved.encode(TEXTS, convert_to_tensor=True).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(len(TEXTS)), rtol=1e-6, atol=0)
 
 
 def test_several_processes_have_no_smaller_last_batch(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from training import write_vocab
 
 import convert_weights
 from mosaic_tools import onnx_export
-from mosaic_tools.publishing import POOLING_FILES, takes_the_mean, write_pooling
+from mosaic_tools.publishing import POOLING_FILES, PROMPTS, takes_the_mean, write_pooling
 
 pytestmark = needs_export
 pytest_plugins = ["hub"]
@@ -231,7 +231,7 @@ def test_the_folder_has_what_clients_read_and_neither_weights_nor_code(mlm, embe
     for _, _, folder in (mlm, embedder, classifier):
         rest = files_of(folder) - common - int8 - pooling
         # Which transformers 4 writes too, and prompts.
-        assert rest <= {"vocab.txt", "special_tokens_map.json", onnx_export.PROMPTS}
+        assert rest <= {"vocab.txt", "special_tokens_map.json", PROMPTS}
 
 
 def test_clients_read_a_stock_berts_config_and_find_no_weights_for_it(exported):
@@ -258,7 +258,7 @@ def test_its_tokenizer_cuts_where_the_model_is_prepared_for_no_more(exported):
 
 def test_prompts_of_an_embedding_model_come_along(embedder):
     _, _, folder = embedder
-    settings = json.loads((folder / onnx_export.PROMPTS).read_text())
+    settings = json.loads((folder / PROMPTS).read_text())
     assert settings == {"prompts": {"query": "query: "}, "default_prompt_name": None}
 
 
@@ -316,8 +316,12 @@ def test_a_source_without_tokenizer_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+LAYOUTS = [("--onnx", "--task", "feature-extraction"), ("--layout", "jina"), ()]
+
+
+@pytest.mark.parametrize("flags", LAYOUTS)
 @pytest.mark.parametrize("kind", ["Pooling", "SpladePooling"])
-def test_embeddings_that_are_no_mean_are_refused(mlm, tmp_path, kind):
+def test_embeddings_that_are_no_mean_are_refused(mlm, tmp_path, kind, flags):
     """The mean would be taken in their place, without a word."""
     source = shutil.copytree(mlm[1], tmp_path / "source")
     write_pooling(source, 120, 16)
@@ -327,7 +331,7 @@ def test_embeddings_that_are_no_mean_are_refused(mlm, tmp_path, kind):
     pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with pytest.raises(ValueError, match=f"a module {kind} that is not the mean"):
-        export(source, tmp_path / "out", "--task", "feature-extraction")
+        convert_weights.main([str(source), str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 
 
@@ -347,15 +351,24 @@ def test_only_the_mean_over_all_tokens_passes_for_it(pooling, mean):
     assert takes_the_mean(pooling) is mean
 
 
-def test_length_of_texts_and_of_embeddings_are_the_sources(mlm, tmp_path):
-    """Texts were cut at what the model is prepared for, and vectors no longer had length 1."""
-    source = shutil.copytree(mlm[1], tmp_path / "source")
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_length_of_texts_and_of_embeddings_and_prompts_are_the_sources(
+    mlm, tmp_path, graph_of_nothing, flags
+):
+    """Texts were cut at what the model is prepared for, by some clients or all, vectors no longer
+    had length 1, and prompts were lost."""
+    source, out = shutil.copytree(mlm[1], tmp_path / "source"), tmp_path / "out"
     write_pooling(source, 120, 9, normalize=True)
-    export(source, tmp_path / "out", "--task", "feature-extraction")
+    (source / PROMPTS).write_text('{"prompts": {"query": "query: "}, "__version__": {}}')
+    convert_weights.main([str(source), str(out), *flags])
     for name in POOLING_FILES:
-        assert (tmp_path / "out" / name).read_text() == (source / name).read_text()
+        assert (out / name).read_text() == (source / name).read_text()
     kinds = [x["type"].rsplit(".")[-1] for x in json.loads((source / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling", "Normalize"]
+    assert json.loads((out / PROMPTS).read_text()) == {"prompts": {"query": "query: "}}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.model_max_length == 9
+    assert len(tokenizer("a " * 20, truncation=True)["input_ids"]) == 9
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
