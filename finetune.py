@@ -16,6 +16,7 @@ tokenizer and a model card.
 """
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 
@@ -79,6 +80,9 @@ def build(run: Run, task: Task, parts: dict[str, Part], tokenizer, model_args, a
 
 def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, args):
     """Trains, evaluates, and writes the run's folder, its result last."""
+    # Of two labels F1 is of the task's second, whatever id the model has for it.
+    two = len(task.labels or ()) == 2
+    positive = label_ids(model.config)[task.labels[1]] if two else None
     trainer = RecipeTrainer(
         model,
         args,
@@ -86,7 +90,7 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
         train_dataset=rows["train"],
         eval_dataset=rows[next(iter(task.validation.values()))],
         processing_class=tokenizer,
-        compute_metrics=lambda found: metrics(found.predictions, found.label_ids),
+        compute_metrics=lambda found: metrics(found.predictions, found.label_ids, positive),
         callbacks=[LogFile()],
     )
     # Models that take num_items_in_batch ignore it when they classify.
@@ -95,11 +99,15 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
     trainer.accelerator.print(
         f"{run.folder}: from {run.start}, {args.precision()} ({args.why_bf16}), attention {backend}"
     )
+    if trainer.is_world_process_zero():
+        # Of a run that was killed; one of them could pass for the best of this.
+        for checkpoint in run.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     seconds = trainer.train().metrics["train_runtime"]
     found = {}
     for suffix, split in task.validation.items():
         output = trainer.predict(rows[split])
-        values = metrics(output.predictions, output.label_ids)
+        values = metrics(output.predictions, output.label_ids, positive)
         found |= {name + suffix: value for name, value in values.items()}
     result = {
         "task": run.name,
@@ -124,7 +132,7 @@ def write_task_card(run: Run, task: Task, found: dict, args, model_args):
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
     start = hub_id(model_args.model) or Path(model_args.model).name
-    if run.settings["start"] != "model":
+    if run.start != model_args.model:
         start = f"{start}, fine-tuned on MNLI ({Path(run.start).name})"
     facts = {
         "task": f"{task.title}: {', '.join(task.labels) if task.labels else 'a score'}",

@@ -160,32 +160,33 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     if not args.output_dir:
         raise ValueError("give --output_dir, the folder that the model is written to")
     wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    last = wanted == "last"
     check_folder(folder)
     newest, torn = newest_checkpoint(folder)
-    if wanted == "last":
-        for reason in torn:
-            print(f"passed over {reason}")
-        print(f"resuming from {newest or 'the start: there is no complete checkpoint'}")
-    elif wanted:
+    if wanted and not last:
         reason = what_is_torn(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
         if reason:
             raise ValueError(f"resume_from_checkpoint {wanted}: {reason}")
-        same_run = newest and Path(wanted).resolve().parent == newest.resolve().parent
-        if same_run and Path(wanted).resolve() != newest.resolve():
-            raise ValueError(f"{newest} is newer than {wanted}: move it away first")
-        return wanted
+        if Path(wanted).resolve().parent == folder.resolve():
+            if newest and newest.resolve() != Path(wanted).resolve():
+                raise ValueError(f"{newest} is newer than {wanted}: move it away first")
+            return wanted
+    if last:
+        for reason in torn:
+            print(f"passed over {reason}")
+        print(f"resuming from {newest or 'the start: there is no complete checkpoint'}")
     elif newest:
         raise ValueError(
             f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
             "continue with --resume_from_checkpoint last, or move the checkpoints away"
         )
     # One that was killed before its first checkpoint has left its log, and no model.
-    begun = (folder / "log.jsonl").exists() and not has_model(folder)
-    goes_on = wanted == "last" and (newest or torn or begun)
+    begun = (torn or (folder / "log.jsonl").exists()) and not has_model(folder)
+    goes_on = last and (newest or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
-        last = "" if wanted == "last" else "continue with --resume_from_checkpoint last, "
+        other = "" if last else "continue with --resume_from_checkpoint last, "
         raise ValueError(
-            f"output_dir {folder} is not empty: choose another, {last}or write into it with "
+            f"output_dir {folder} is not empty: choose another, {other}or write into it with "
             "--overwrite"
         )
-    return newest and str(newest)
+    return wanted if wanted and not last else newest and str(newest)

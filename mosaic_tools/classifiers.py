@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.utils import cached_file
 
 from mosaic_tools import family
 from mosaic_tools.glue_tasks import Task
@@ -53,7 +54,8 @@ class ClassifierArguments:
         """Tells these weights from others of the same name."""
         folder = Path(self.model)
         if not folder.is_dir():
-            return str(PretrainedConfig.get_config_dict(self.model)[0].get("_commit_hash"))
+            # The Hub's cache has a folder for each commit.
+            return Path(cached_file(self.model, "config.json")).parent.name
         weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
         return fingerprint([folder / "config.json", *sorted(weights)])
 

@@ -306,7 +306,8 @@ def describe_loss(rows, args: EmbedderArguments) -> str:
     """`build_loss` in words."""
     both = ", both directions" if args.symmetric else ""
     name = "CoSENTLoss" if is_scored(rows) else f"CachedMultipleNegativesRankingLoss{both}"
-    return name + (f", dimensions {args.matryoshka_dims}" if args.matryoshka_dims else "")
+    dims = ", ".join(map(str, args.matryoshka_dims or ()))
+    return name + (f", of the first {dims} dimensions and of all" if dims else "")
 
 
 def build_loss(rows, embedder, args: EmbedderArguments, gather: bool):
@@ -326,7 +327,8 @@ def build_loss(rows, embedder, args: EmbedderArguments, gather: bool):
             **both if args.symmetric else {},
         )
     if args.matryoshka_dims:
-        loss = MatryoshkaLoss(embedder, loss, args.matryoshka_dims)
+        whole = embedder[0].model.config.hidden_size
+        loss = MatryoshkaLoss(embedder, loss, sorted({*args.matryoshka_dims, whole}))
     return loss
 
 
@@ -460,7 +462,20 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
         )
 
     def get_batch_sampler(self, dataset, batch_size: int, **kwargs):
-        return super().get_batch_sampler(dataset, batch_size * self.args.world_size, **kwargs)
+        """Has as many batches as it says. sentence-transformers 5.7's has fewer where texts recur,
+        and training would end before the learning rate does."""
+        rows = batch_size * self.args.world_size
+        sampler = super().get_batch_sampler(dataset, rows, **kwargs)
+        if not isinstance(sampler, NoDuplicatesBatchSampler):
+            return sampler
+        batches = sum(1 for _ in sampler)
+        if batches == len(sampler):
+            return sampler
+        self.accelerator.print(
+            f"{batches * rows:,} of {len(dataset):,} rows fit into batches of {rows} that have no "
+            "text twice: an epoch reads so many"
+        )
+        return Share(sampler, batches)
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers: list, **kwargs):
         if self.args.source_weights:

@@ -127,15 +127,18 @@ TASKS = {
 # ---- metrics ----
 
 
-def metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def metrics(
+    predictions: np.ndarray, labels: np.ndarray, positive: int | None = None
+) -> dict[str, float]:
     """What GLUE publishes for any of its tasks.
 
     Args:
         predictions: (rows, classes) logits, or (rows, 1) values.
         labels: (rows,) ids, or values.
+        positive: id of the class that F1 is of; None: its mean over all classes.
 
     Returns:
-        accuracy, F1 (of class 1, or the mean over more than two classes), Matthews' correlation and
+        accuracy, F1, Matthews' correlation and
         loss, the mean cross-entropy; or Pearson's and Spearman's correlation and the mean squared
         error. Trainer's own loss counts a row twice where processes cannot share rows equally.
 
@@ -155,10 +158,10 @@ def metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "loss": float(np.mean((values - labels) ** 2)),
         }
     guesses = predictions.argmax(-1)
-    average = "binary" if predictions.shape[1] == 2 else "macro"
+    of = None if positive is None else [positive]
     return {
         "accuracy": float(accuracy_score(labels, guesses)),
-        "f1": float(f1_score(labels, guesses, average=average, zero_division=0)),
+        "f1": float(f1_score(labels, guesses, labels=of, average="macro", zero_division=0)),
         "matthews": float(matthews_corrcoef(labels, guesses)),
         "loss": float(-log_softmax(predictions, axis=1)[np.arange(len(labels)), labels].mean()),
     }

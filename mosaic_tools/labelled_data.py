@@ -115,7 +115,7 @@ def load_task(name: str, args: LabelledDataArguments) -> tuple[Task, dict[str, P
     for split, (where, rows) in read.items():
         check_columns(where, rows, (*task.columns, label_column))
         check_texts(where, rows, task.columns, blank=name in TASKS)
-        values = known_values(where, rows[label_column])
+        values = known_values(where, rows, label_column)
         if name in TASKS and task.labels:
             names = dict(enumerate(task.labels))
             values = [names.get(value, value) for value in values]
@@ -147,7 +147,7 @@ def own_task(task: Task, where: str, rows, args: LabelledDataArguments) -> Task:
             f"{where} has {len(columns)} columns of text ({', '.join(columns)}): name one or two "
             "by --text_columns"
         )
-    values = known_values(where, rows[args.label_column])
+    values = known_values(where, rows, args.label_column)
     kind = str if isinstance(values[0], str) else (int, float)
     for number, value in enumerate(values, 1):
         if not isinstance(value, kind):
@@ -246,9 +246,13 @@ def check_texts(where: str, rows, columns: tuple[str, ...], blank: bool):
                 raise ValueError(f"{where}, row {number}: {name} is {text!r}, expected text")
 
 
-def known_values(where: str, column) -> list:
-    """The labels of a column. ValueError: one is missing."""
-    values = list(column)
+def known_values(where: str, rows: datasets.Dataset, column: str) -> list:
+    """The labels of a column, names where it has class ids, which count anew in each file.
+    ValueError: one is missing."""
+    values, feature = list(rows[column]), rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        # -1 is a label that is not told.
+        values = [None if x in (None, -1) else feature.int2str(x) for x in values]
     for number, value in enumerate(values, 1):
         # NaN differs from itself; a CSV's empty cell is "", and its NaN may be text.
         if value is None or value != value or str(value).strip().lower() in ("", "nan"):

@@ -259,6 +259,12 @@ class RecipeArguments(TrainingArguments):
                 "save_total_limit must be at least 2: with 1 the only complete checkpoint is gone "
                 "before the next is known to be complete"
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"leave out --{name}: it casts the weights themselves, which are then saved; "
+                    "evaluations have the precision of training"
+                )
         if self.push_to_hub:
             check_repo_id(self.push_to_hub, self.revision)
         elif self.private or self.revision:

@@ -27,6 +27,23 @@ class RecipeTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name, _ in model.named_parameters()]
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        with self.no_row_dropped():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs):
+        with self.no_row_dropped():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_row_dropped(self):
+        """Trainer would leave the last rows out of evaluations too."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Takes their states from a checkpoint; learning rate, decay, betas and the like are what
         this run was told, and another learning rate is printed. A schedule that goes by the loss

@@ -2,6 +2,8 @@
 """Runs of finetune.py, each a task with a seed: their arguments, the plan of those asked for, which
 refuses results of other settings, and the table of what they gave."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,8 +20,9 @@ RESULT, RESULTS = "result.json", "results.json"
 # Of the arguments, what a result depends on.
 SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm"),
-    *("warmup_ratio", "warmup_steps", "lr_end", "lr_scheduler_type", "bf16", "fp16", "optim"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
+    *("warmup_ratio", "warmup_steps", "lr_end", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "data_seed"),
 )
 
 
@@ -113,7 +116,11 @@ def plan(
     args = FinetuneArguments(**given)
     folder, model = Path(args.output_dir), model_args.model
     weights = {"weights": model_args.version()}
-    of_mnli = {x for x, result in finished.items() if result["task"] == "mnli" and result["kept"]}
+    of_mnli = {
+        x: result["settings"]
+        for x, result in finished.items()
+        if result["task"] == "mnli" and result["kept"]
+    }
     runs = []
     for name, (task, parts, source) in loaded.items():
         seeds = list(dict.fromkeys(args.seeds or SEEDS[: task.seeds]))
@@ -124,7 +131,10 @@ def plan(
         if start == model and not model_args.new_classifier:
             is_trained_on(model, config, task)
         values = task.recipe() | given
-        begins = "model" if start == model else f"mnli/{Path(start).name}"
+        begins = "model"
+        if start != model:
+            made = digest(of_mnli[Path(start)])
+            begins = f"mnli/{Path(start).name}, {made}"
         settings = weights | {"start": begins, "data": source}
         settings["max_seq_length"] = max_length_of(config, tokenizer, data.max_seq_length)
         settings["train_rows"] = len(parts["train"].rows)
@@ -136,7 +146,7 @@ def plan(
             its_own = values | {"seed": seed, "output_dir": str(place)}
             runs.append(Run(name, seed, place, start, keep, settings, its_own))
         if name == "mnli":
-            of_mnli.add(first)
+            of_mnli[first] = settings
     # Results of tasks that are not asked for now, which results.json has too.
     check_settings(finished, None, weights)
     return runs
@@ -155,7 +165,8 @@ def settings_of(
     )
     return {
         "rows_per_step": args.rows_per_step(),
-        **{key: getattr(args, key) for key in SETTINGS},
+        # transformers 4 has empty keywords where 5 has none.
+        **{key: None if (x := getattr(args, key)) == {} else x for key in SETTINGS},
         "best_of": args.load_best_model_at_end and list(best_of),
         "dropout": model_args.dropout(),
         "low_precision_layernorm": model_args.low_precision_layernorm,
@@ -164,6 +175,12 @@ def settings_of(
         "columns": [*task.columns, data.label_column],
         "labels": task.labels and list(task.labels),
     }
+
+
+def digest(settings: dict) -> str:
+    """Tells settings from others."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def check_settings(finished: dict[Path, dict], name: str | None, settings: dict):

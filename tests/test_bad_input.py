@@ -383,6 +383,7 @@ TRAINING = [
     ("another vocabulary", f"{MLM} --model model --tokenizer_name big.txt", "up to 399", "give"),
     ("no output", "train_mlm --train_file text.txt", "give --output_dir"),
     ("a folder with files", f"{MLM} --output_dir full", "output_dir full is not empty: choose"),
+    ("weights to be cast", f"{MLM} --bf16_full_eval true", "leave out --bf16_full_eval: it casts"),
     ("a file as output", f"{MLM} --output_dir text.txt", "text.txt", *FOLDER),
     ("output in a file", f"{MLM} --output_dir text.txt/out", "text.txt", *FOLDER),
     ("no such checkpoint", f"{MLM} --resume_from_checkpoint none", "none: there is no such folder"),

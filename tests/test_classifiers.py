@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import GOLDENS
+from conftest import GOLDENS, ROOT, run_python
 from finetuning import SENTENCES, STOCK_SIZES, by_age, classify, start, write_own
 from safetensors.torch import load_file, save_file
 from training import read_json, write_vocab
@@ -153,3 +153,20 @@ def test_a_model_that_lacks_something_is_refused(golden, tmp_path, damage, messa
     damage(golden, tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         start(model=tmp_path / "model", cpu_threads=1, **write_own(tmp_path, by_age()))
+
+
+def test_models_of_the_hub_are_told_apart_by_their_commit(tmp_path):
+    """transformers 5.23 does not say it with the config: results of two models were one's."""
+    commits = {"a": "1" * 40, "b": "2" * 40}
+    for name, commit in commits.items():
+        folder = tmp_path / f"models--org--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text('{"model_type": "bert"}')
+    code = (
+        "from mosaic_tools.classifiers import ClassifierArguments\n"
+        "for name in ('org/a', 'org/b'):\n    print(ClassifierArguments(model=name).version())"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    assert run_python(code, **environment).split() == list(commits.values())

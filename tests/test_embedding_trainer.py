@@ -29,6 +29,7 @@ from mosaic_tools.embedding_trainer import (
     build_evaluator,
     build_loss,
     check_sources,
+    describe_loss,
     prompts_of_columns,
     tfidf,
     with_negatives,
@@ -96,8 +97,10 @@ def test_scored_pairs_have_cosent_and_dimensions_matryoshka(golden):
     labels = torch.tensor(STS["score"][:])
     found = loss(features(embedder, STS), labels)
     assert found == CoSENTLoss(embedder)(features(embedder, STS), labels) and found > 0
-    args = EmbedderArguments(matryoshka_dims=[16, 96])
+    # Dimensions beyond the last that is given were not trained.
+    args = EmbedderArguments(matryoshka_dims=[16])
     loss = build_loss(ROWS, embedder, args, gather=False)
+    assert describe_loss(ROWS, args).endswith(", of the first 16 dimensions and of all")
     assert isinstance(loss, MatryoshkaLoss) and list(loss.matryoshka_dims) == [96, 16]
     with pytest.raises(ValueError, match="matryoshka_dims 97: .* has embeddings of 96 dimensions"):
         embedder_of(golden, matryoshka_dims=[16, 97])
@@ -113,6 +116,18 @@ def trainer_of(golden, sources, args):
     embedder = embedder_of(golden)
     losses = {x: build_loss(y, embedder, EmbedderArguments(), False) for x, y in sources.items()}
     return EmbeddingTrainer(embedder, args, sources, loss=losses)
+
+
+def test_an_epoch_has_as_many_batches_as_its_schedule(golden, tmp_path):
+    """With sentence-transformers 5.7 training ended early where many pairs share an answer."""
+    answers = [0] * 8 + [*range(1, 5)]
+    rows = [x | {"passage": PAIRS[i]["passage"]} for x, i in zip(PAIRS, answers, strict=True)]
+    source = as_pairs("pairs", datasets.Dataset.from_list(rows))
+    trainer = trainer_of(golden, {"pairs": source}, arguments(tmp_path))
+    loader = trainer.get_train_dataloader()
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        assert sum(1 for _ in loader) == len(loader) > 0
 
 
 def test_batches_hold_no_text_twice_and_are_of_one_source(golden, tmp_path):

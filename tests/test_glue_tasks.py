@@ -59,9 +59,15 @@ def test_a_recipe_decays_by_as_much_at_its_peak_as_published(name):
 def test_metrics_are_those_counted_by_hand():
     # Of class 1: 2 right, 1 guessed wrongly, 1 missed; of class 0: 1 right.
     guesses, labels = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])
-    found = glue_tasks.metrics(np.eye(2)[guesses], labels)
+    found = glue_tasks.metrics(np.eye(2)[guesses], labels, positive=1)
     assert found["accuracy"] == pytest.approx(3 / 5)
-    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    f1 = {1: 2 * 2 / (2 * 2 + 1 + 1), 0: 2 * 1 / (2 * 1 + 1 + 1)}
+    assert found["f1"] == pytest.approx(f1[1])
+    assert glue_tasks.metrics(np.eye(2)[guesses], labels, 0)["f1"] == pytest.approx(f1[0])
+    # A model that knows a third label; and the mean.
+    assert glue_tasks.metrics(np.eye(3)[guesses], labels, 1)["f1"] == pytest.approx(f1[1])
+    mean = glue_tasks.metrics(np.eye(2)[guesses], labels)["f1"]
+    assert mean == pytest.approx((f1[0] + f1[1]) / 2)
     assert found["matthews"] == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
     # Logits of 0 and 1: three rows are right, two are wrong.
     assert found["loss"] == pytest.approx(math.log(1 + math.e) - 3 / 5)

@@ -29,6 +29,27 @@ def test_the_second_text_of_a_pair_has_token_type_1(vocab, tmp_path):
     assert "token_type_ids" not in rows.column_names
 
 
+def test_class_ids_are_labels_by_their_names(tmp_path):
+    """Each file counts its own: training's anger was validation's joy."""
+    texts = ["a", "b", "c", "d"]
+    files = {"train_file": ["anger", "joy", "sad", "joy"], "validation_file": ["joy", "sad"] * 2}
+    for name, labels in files.items():
+        rows = datasets.Dataset.from_dict({"text": texts, "label": labels})
+        rows.class_encode_column("label").to_parquet(tmp_path / f"{name}.parquet")
+    paths = {name: str(tmp_path / f"{name}.parquet") for name in files}
+    args = labelled_data.LabelledDataArguments(**paths)
+    task, parts, _ = labelled_data.load_task(args.names()[0], args)
+    assert task.labels == ("anger", "joy", "sad")
+    assert [part.labels for part in parts.values()] == list(files.values())
+    hidden = datasets.Dataset.from_dict(
+        {"text": texts, "label": [0, 1, -1, 0]},
+        datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(2)}),
+    )
+    hidden.to_parquet(tmp_path / "validation_file.parquet")
+    with pytest.raises(ValueError, match="row 3 of 4: the label is None"):
+        labelled_data.load_task(args.names()[0], args)
+
+
 def own_files(tmp_path, train: str, validation: str | None = None, suffix="csv") -> dict:
     """Files with this text, validation as training unless given."""
     files = [tmp_path / f"{split}.{suffix}" for split in ("train", "dev")]

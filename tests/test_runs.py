@@ -71,16 +71,20 @@ def test_resumed_runs_start_from_the_mnli_model_that_the_first_started_from(glue
         return rte, mnli and mnli.settings
 
     rte, settings = starts("2", "1")
-    assert rte == {"mnli/seed-2"}
+    made = runs.digest(settings)
+    assert rte == {f"mnli/seed-2, {made}"}
     found = {
         glue.out / "mnli" / f"seed-{seed}": {"task": "mnli", "kept": True, "settings": settings}
         for seed in (1, 2)
     }
-    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
-    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-2"}
+    assert starts("2", "1", finished=found)[0] == rte
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == rte
     found[glue.out / "mnli" / "seed-2"]["kept"] = False
-    assert starts("2", "1", finished=found)[0] == {"mnli/seed-2"}
-    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {"mnli/seed-1"}
+    assert starts("2", "1", finished=found)[0] == rte
+    assert starts("2", "1", tasks=["rte"], finished=found)[0] == {f"mnli/seed-1, {made}"}
+    # One that was made anew otherwise is another start, and so as JSON has its settings.
+    read = json.loads(json.dumps(settings, default=str))
+    assert runs.digest(read) == made != runs.digest(read | {"learning_rate": 1e-3})
 
 
 def test_a_result_from_before_warm_up_was_renamed_is_still_one(glue, tmp_path):
@@ -122,13 +126,39 @@ def test_the_best_epochs_model_is_not_taken_for_the_last_ones(stock, tmp_path):
         start(**command)
 
 
-@pytest.mark.parametrize("changed", ["learning_rate", "data", "weights"])
+def test_an_evaluation_reads_every_row_and_f1_is_of_the_tasks_second_label(
+    stock, tmp_path, monkeypatch
+):
+    """Training's --dataloader_drop_last held for evaluations too. F1 was of id 1, whatever label a
+    model had there."""
+    seen, metrics = [], finetune.metrics
+
+    def counted(predictions, labels, positive):
+        seen.append((len(labels), positive))
+        return metrics(predictions, labels, positive)
+
+    monkeypatch.setattr(finetune, "metrics", counted)
+    own = write_own(tmp_path, by_age())
+    short = {"max_steps": 1, "cpu_threads": 1, "per_device_eval_batch_size": 5}
+    start(model=stock, **short, **own, dataloader_drop_last=True)
+    model = own["output_dir"] / "own" / "seed-19"
+    config = read_json(model, "config.json")
+    assert config["id2label"] == {"0": "old", "1": "other"}
+    config |= {"id2label": {"0": "other", "1": "old"}, "label2id": {"other": 0, "old": 1}}
+    (model / "config.json").write_text(json.dumps(config))
+    start(model=model, **short, **own | {"output_dir": tmp_path / "again"})
+    assert list(dict.fromkeys(seen)) == [(8, 1), (8, 0)]
+
+
+@pytest.mark.parametrize("changed", ["learning_rate", "data_seed", "data", "weights"])
 def test_results_of_other_settings_are_not_taken_for_those_asked_for(
     glue, stock, tmp_path, changed
 ):
     command = list(glue.command)
     if changed == "learning_rate":
         command += flags(learning_rate=1e-5)
+    elif changed == "data_seed":
+        command += flags(data_seed=7)
     elif changed == "weights":
         command += flags(model=stock)
     else:

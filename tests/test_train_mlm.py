@@ -403,7 +403,32 @@ def test_last_starts_anew_where_no_checkpoint_is_complete_and_overwrites_nothing
     with pytest.raises(ValueError, match="out is not empty"):
         checkpoints.checkpoint_to_resume(recipe)
     (checkpoint_of(tmp_path / "out", 3) / "complete.json").unlink()
+    # A finished model, whose checkpoints someone has made smaller, was replaced.
+    with pytest.raises(ValueError, match="out is not empty: choose another, or write into it with"):
+        checkpoints.checkpoint_to_resume(recipe)
+    (tmp_path / "out" / "model.safetensors").unlink()
     assert checkpoints.checkpoint_to_resume(recipe) is None
+
+
+def test_a_checkpoint_of_another_folder_is_no_leave_to_overwrite(tmp_path):
+    """It was: a finished run beside it, and files that are no run's."""
+    checkpoint = checkpoint_of(tmp_path, 5)
+    out = tmp_path / "out"
+    asked = {"output_dir": str(out), "resume_from_checkpoint": str(checkpoint)}
+    recipe = RecipeArguments(**asked)
+    assert checkpoints.checkpoint_to_resume(recipe) == str(checkpoint)
+    out.mkdir()
+    (out / "README.md").touch()
+    with pytest.raises(ValueError, match="out is not empty: choose another"):
+        checkpoints.checkpoint_to_resume(recipe)
+    overwriting = RecipeArguments(**asked, overwrite=True)
+    assert checkpoints.checkpoint_to_resume(overwriting) == str(checkpoint)
+    own = checkpoint_of(out, 7)
+    for arguments in (recipe, overwriting):
+        with pytest.raises(ValueError, match="holds checkpoint-7 of another run"):
+            checkpoints.checkpoint_to_resume(arguments)
+    recipe.resume_from_checkpoint = str(own)
+    assert checkpoints.checkpoint_to_resume(recipe) == str(own)
 
 
 def test_output_dir_is_asked_for():
