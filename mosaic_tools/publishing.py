@@ -7,6 +7,7 @@ python -c "from mosaic_tools.publishing import publish; publish('FOLDER', 'ORG/N
 import glob
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -185,6 +186,7 @@ def publish(
         if not is_public:
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            there = set(api.list_repo_files(repo_id, revision=revision))
             commit = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo_id,
@@ -203,6 +205,13 @@ def publish(
         ) from None
     if is_public:
         raise ValueError(f"{repo_id} exists and is public: nothing was uploaded")
+    made_of_weights = (*EXPORTS, *ADAPTERS, *POOLING_FILES)
+    left = [x for x in sorted(there - set(files)) if any(fnmatch(x, y) for y in made_of_weights)]
+    if left and any(fnmatch(x, "model*.safetensors") for x in files):
+        print(
+            f"{repo_id} still has {', '.join(left)} of an earlier upload, which may be of other "
+            "weights: delete them there, or upload them anew"
+        )
     return commit.commit_url
 
 

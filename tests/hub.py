@@ -23,8 +23,10 @@ class Recorder:
 
     def __init__(self, error=None):
         self.error, self.calls, self.sent, self.repositories = error, [], {}, {}
+        self.there = [".gitattributes"]
         self.api = create_autospec(HfApi)
-        for name in ("create_repo", "repo_info", "create_branch", "upload_folder"):
+        calls = ("create_repo", "repo_info", "create_branch", "list_repo_files", "upload_folder")
+        for name in calls:
             getattr(self.api.return_value, name).side_effect = getattr(self, name)
 
     def create_repo(self, repo_id, private=None, exist_ok=False):
@@ -37,6 +39,9 @@ class Recorder:
 
     def create_branch(self, repo_id, branch, exist_ok=False):
         self.calls.append(f"create_branch {branch}")
+
+    def list_repo_files(self, repo_id, revision):
+        return self.there
 
     def upload_folder(self, folder_path, repo_id, revision, allow_patterns, commit_message):
         self.calls.append(f"upload_folder {revision}")
@@ -59,4 +64,5 @@ def hub(monkeypatch):
     yield recorder
     # Nothing else was asked of the Hub.
     asked = {name for name, *_ in recorder.api.return_value.method_calls}
-    assert asked <= {"create_repo", "repo_info", "create_branch", "upload_folder"}
+    known = {"create_repo", "repo_info", "create_branch", "list_repo_files", "upload_folder"}
+    assert asked <= known

@@ -52,6 +52,16 @@ def test_convert_weights_sends_the_whole_model_in_one_commit(hub, vocab, tmp_pat
     assert not any(TOKEN.encode() in x for x in hub.sent.values())
 
 
+def test_what_an_earlier_upload_left_of_other_weights_is_named(hub, vocab, tmp_path, capsys):
+    """Clients went on reading the old graph, and transformers put the old adapter on."""
+    stale = ["adapter_config.json", "onnx/model.onnx", "modules.json"]
+    hub.there += [*stale, "model.safetensors", "notes.md"]
+    convert(vocab, tmp_path / "out", "--push_to_hub", "org/name")
+    said = capsys.readouterr().out
+    assert f"org/name still has {', '.join(sorted(stale))} of an earlier upload" in said
+    assert not {"notes.md", ".gitattributes", "model.safetensors"} & set(re.split("[ ,]+", said))
+
+
 def test_a_branch_and_a_private_repository(hub, vocab, tmp_path):
     flags = ("--push_to_hub", "org/name", "--private", "--revision", "v2")
     convert(vocab, tmp_path / "out", *flags)
