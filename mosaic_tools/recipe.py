@@ -302,9 +302,16 @@ class RecipeArguments(TrainingArguments):
         if chosen and self.world_size > 1:
             self.check_agreement()
         if self.global_batch_size is not None:
+            given = self.gradient_accumulation_steps
             self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
                 self.global_batch_size, self.world_size, self.per_device_train_batch_size
             )
+            if given not in (1, self.gradient_accumulation_steps):
+                raise ValueError(
+                    f"leave out --gradient_accumulation_steps {given}: a global_batch_size of "
+                    f"{self.global_batch_size} is split into micro-batches by "
+                    "--per_device_train_batch_size"
+                )
 
     @property
     def device(self) -> torch.device:

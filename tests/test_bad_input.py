@@ -325,6 +325,12 @@ TRAINING = [
     ("no rows to evaluate", f"{MLM} --per_device_eval_batch_size 0", "must be at least 1", "got 0"),
     ("a batch that cannot be split", f"{MLM} --global_batch_size 254", "254 cannot", "252 or 255"),
     ("no micro-batches", f"{MLM} --gradient_accumulation_steps 0", "must be at least 1", "got 0"),
+    (
+        "micro-batches of two sizes",
+        f"{MLM} --gradient_accumulation_steps 4 --global_batch_size 8",
+        "leave out --gradient_accumulation_steps 4: a global_batch_size of 8 is split",
+        "--per_device_train_batch_size",
+    ),
     ("decay below 0", f"{MLM} --weight_decay -1", "weight_decay must be at least 0", "got -1.0"),
     ("decay of nan", f"{MLM} --decoupled_weight_decay nan", "decay must be at least 0", "got nan"),
     ("a beta of 2", f"{MLM} --adam_beta1 2", "adam_beta1 must be", *SHARE, "got 2.0"),
