@@ -49,8 +49,9 @@ from mosaic_tools.family import (
 )
 from mosaic_tools.files import check_folder, writing
 from mosaic_tools.layouts import from_ours, to_ours
-from mosaic_tools.onnx_export import TASKS, check_packages, for_task, save_onnx
+from mosaic_tools.onnx_export import OTHER_HEADS, TASKS, check_packages, for_task, save_onnx
 from mosaic_tools.publishing import (
+    ADAPTERS,
     carry_pooling,
     check_modules,
     check_repo_id,
@@ -101,9 +102,12 @@ HEADS = {
     "classifier.": "AutoModelForSequenceClassification",
     "": "AutoModel",
 }
-# A model's weights, and its code, which an ONNX folder and Jina's layout do without.
-OF_MODELS = ("*.safetensors*", "pytorch_model*", "configuration_bert.py", "bert_layers.py")
-OF_MODELS += ("bert_padding.py", "flash_attn_triton.py")
+# What would be loaded beside a new model or instead of it: weights, code, tokenizer.
+FORMER = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+FORMER += ("pytorch_model*.bin", "pytorch_model.bin.index.json", "vocab.txt")
+FORMER += ("configuration_bert.py", "bert_layers.py", "bert_padding.py", "flash_attn_triton.py")
+FORMER += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FORMER += ("added_tokens.json",)
 # What a source's config says of its own code, and what means nothing here.
 FOREIGN = {"architectures", "auto_map", "transformers_version"}
 FOREIGN |= {"attn_implementation", "dtype", "torch_dtype"}
@@ -258,6 +262,11 @@ def convert(
         OSError: as `writing`.
     """
     path = fetch(source)
+    if (path / ADAPTERS[0]).is_file():
+        raise ValueError(
+            f"{source} has an adapter beside its weights, which would be lost: merge it first, by "
+            "peft's merge_and_unload() and save_pretrained"
+        )
     found, tensors = to_ours(read_tensors(path))
     check_finite(source, tensors)
     tokenizer_name = tokenizer_name or find_tokenizer(path)
@@ -265,11 +274,15 @@ def convert(
     values = read_config(config_file or path)
     config = make_config(values, tensors, tokenizer)
     auto_class = next(x for prefix, x in HEADS.items() if has(tensors, prefix))
+    architecture = (values.get("architectures") or [""])[0]
+    other = next((x for x in OTHER_HEADS if architecture.endswith(x)), None)
+    if other and layout != "onnx":
+        # Whose tensors may be named as a text classifier's are.
+        auto_class = f"AutoModel{other}"
     absent = ", ".join(part for prefix, part in PARTS.items() if not has(tensors, prefix))
     if layout == "onnx":
         if tokenizer is None:
             raise ValueError("clients need a tokenizer, and the source has none: pass --tokenizer")
-        architecture = (values.get("architectures") or [""])[0]
         task, auto_class, tensors = for_task(source, architecture, auto_class, tensors, task)
         dtype = "float32"
     embeds = {"jina": True, "onnx": task == "feature-extraction"}
@@ -457,19 +470,21 @@ def new_folder(path: Path, overwrite: bool):
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path} is not empty: choose another folder, or pass --overwrite")
     # On the same disk; the folders on the way are made at the end only.
-    place = next(x for x in path.absolute().parents if x.exists())
-    with tempfile.TemporaryDirectory(dir=place) as temporary:
+    place = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
+    with tempfile.TemporaryDirectory(dir=place, prefix=".converting-") as temporary:
         yield Path(temporary)
         path.mkdir(parents=True, exist_ok=True)
-        # What a former conversion left would be loaded beside the new files, or instead of them.
         remove_derived(path)
-        for pattern in (*OF_MODELS, "*token*.json", "vocab.txt"):
-            for file in path.glob(pattern):
-                file.unlink()
+        written = set()
         for file in (x for x in Path(temporary).rglob("*") if x.is_file()):
             target = path / file.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
+            written.add(target)
+        # Nothing of the former model is deleted before the new one is there.
+        for file in (x for pattern in FORMER for x in path.glob(pattern)):
+            if file not in written and file.is_file():
+                file.unlink()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ EXPORTS = (
     *("onnx/*.onnx", "onnx/*.onnx_data*", "onnx/*.onnx.data", "onnx/*config.json"),
     *("openvino/*.xml", "openvino/*config.json"),
 )
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
 # Which transformers puts on a model that has them beside it.
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 # What is uploaded of a model's folder, and nothing else: a training folder also holds states, logs
@@ -67,7 +68,8 @@ def check_modules(source: str) -> list[str]:
         source: a folder or Hub id.
 
     Raises:
-        ValueError: it is more than an encoder under the mean, and would lose the rest.
+        ValueError: it is more than an encoder under the mean of texts as they are, and would lose
+            the rest.
     """
     kinds = []
     for module in settings_of(source, "modules.json", list):
@@ -83,6 +85,12 @@ def check_modules(source: str) -> list[str]:
                 f"{source} has a module {kinds[-1]} that is not the mean over all tokens, and "
                 "would lose it: take sentence-transformers itself, or give the encoder alone"
             )
+    if settings_of(source, "sentence_bert_config.json").get("do_lower_case"):
+        raise ValueError(
+            f"{source} makes texts lower case before its tokenizer (do_lower_case in "
+            "sentence_bert_config.json), which would be lost: have the tokenizer do it, and set "
+            "that to false"
+        )
     return kinds
 
 
@@ -179,14 +187,20 @@ def publish(
     """
     check_repo_id(repo_id, revision)
     files = files_to_upload(Path(folder))
-    api = HfApi()
+    api, refused = HfApi(), None
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-        is_public = private and not api.repo_info(repo_id).private
-        if not is_public:
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            there = set(api.list_repo_files(repo_id, revision=revision))
+        if private and not api.repo_info(repo_id).private:
+            refused = "exists and is public: nothing was uploaded"
+        elif revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = set() if refused else set(api.list_repo_files(repo_id, revision=revision))
+        if is_graph(Path(folder)) and any(fnmatch(x, y) for x in there for y in WEIGHTS):
+            refused = (
+                "has a model for PyTorch, which this folder's config.json would turn into a stock "
+                "BERT: nothing was uploaded; choose another repository or --revision"
+            )
+        if not refused:
             commit = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo_id,
@@ -203,11 +217,11 @@ def publish(
             f'    python -c "from mosaic_tools.publishing import publish; '
             f'publish({str(folder)!r}, {repo_id!r}, {private}, {revision!r})"'
         ) from None
-    if is_public:
-        raise ValueError(f"{repo_id} exists and is public: nothing was uploaded")
-    made_of_weights = (*EXPORTS, *ADAPTERS, *POOLING_FILES)
-    left = [x for x in sorted(there - set(files)) if any(fnmatch(x, y) for y in made_of_weights)]
-    if left and any(fnmatch(x, "model*.safetensors") for x in files):
+    if refused:
+        raise ValueError(f"{repo_id} {refused}")
+    of_weights = (*EXPORTS, *ADAPTERS, *POOLING_FILES, *WEIGHTS)
+    left = [x for x in sorted(there - set(files)) if any(fnmatch(x, y) for y in of_weights)]
+    if left and any(fnmatch(x, y) for x in files for y in WEIGHTS):
         print(
             f"{repo_id} still has {', '.join(left)} of an earlier upload, which may be of other "
             "weights: delete them there, or upload them anew"

@@ -3,10 +3,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -795,6 +797,49 @@ def test_overwriting_leaves_nothing_of_a_former_model(tmp_path, vocab):
     run(GOLDENS / "dnabert2_tiny", tmp_path / "out", "--overwrite")
     files = {x.name for x in (tmp_path / "out").rglob("*") if x.is_file()}
     assert files == {"model.safetensors", "config.json", "README.md", *MODEL_FILES}
+
+
+def test_overwriting_keeps_what_is_no_models(tmp_path):
+    """Files of similar names were deleted; of a folder, after the old weights were gone."""
+    out = tmp_path / "out"
+    run(GOLDENS / "mosaic_tiny", out)
+    mine = ("probe.safetensors", "token_counts.json", "pytorch_model_fsdp_0/x.distcp")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"mine")
+    run(GOLDENS / "mosaic_tiny", out, "--overwrite")
+    assert all((out / name).read_bytes() == b"mine" for name in mine)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs another file system")
+def test_a_folder_on_another_disk_is_written(tmp_path):
+    """The old model was deleted, and the new one could not be moved there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        out = tmp_path / "out"
+        out.symlink_to(other)
+        run(GOLDENS / "mosaic_tiny", out)
+        run(GOLDENS / "mosaic_tiny", out, "--overwrite")
+        assert {"model.safetensors", "config.json"} <= set(os.listdir(other))
+        assert not [x for x in os.listdir(other) if x.startswith(".")]
+
+
+def test_an_adapter_beside_the_weights_is_not_lost(tmp_path):
+    source = shutil.copytree(GOLDENS / "mosaic_tiny", tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter beside its weights.*merge_and_unload"):
+        run(source, tmp_path / "out")
+
+
+def test_a_model_of_multiple_choice_is_no_classifier_of_one_label(tmp_path):
+    values = json.loads(MLM.read_text())
+    model_class = family.model_class("AutoModelForMultipleChoice")
+    model = model_class(family.as_ours(values, "source"))
+    model.save_pretrained(tmp_path / "source")
+    run(tmp_path / "source", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForMultipleChoice"]
+    with pytest.raises(ValueError, match="servers read no BertForMultipleChoice"):
+        run(tmp_path / "source", tmp_path / "jina", "--layout", "jina")
 
 
 def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path):

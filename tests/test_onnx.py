@@ -335,6 +335,15 @@ def test_embeddings_that_are_no_mean_are_refused(mlm, tmp_path, kind, flags):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", LAYOUTS)
+def test_texts_that_are_made_lower_case_before_the_tokenizer_are_refused(mlm, tmp_path, flags):
+    source = shutil.copytree(mlm[1], tmp_path / "source")
+    write_pooling(source, 120, 16)
+    (source / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(ValueError, match="lower case before its tokenizer"):
+        convert_weights.main([str(source), str(tmp_path / "out"), *flags])
+
+
 @pytest.mark.parametrize(
     "pooling, mean",
     [

@@ -62,6 +62,26 @@ def test_what_an_earlier_upload_left_of_other_weights_is_named(hub, vocab, tmp_p
     assert not {"notes.md", ".gitattributes", "model.safetensors"} & set(re.split("[ ,]+", said))
 
 
+def test_a_graph_is_not_put_over_a_model_for_pytorch(hub, vocab, tmp_path):
+    """Its config made a stock BERT of random layers of what everyone loaded from there."""
+    folder = tmp_path / "out"
+    convert(vocab, folder)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").touch()
+    for file in (*folder.glob("*.py"), folder / "model.safetensors"):
+        file.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {}}))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        hub.there = [name]
+        with pytest.raises(ValueError, match="org/name has a model for PyTorch.*nothing was upl"):
+            publishing.publish(folder, "org/name")
+    assert not hub.sent
+    hub.there = ["config.json", "onnx/model.onnx"]
+    publishing.publish(folder, "org/name")
+    assert "onnx/model.onnx" in hub.sent
+
+
 def test_a_branch_and_a_private_repository(hub, vocab, tmp_path):
     flags = ("--push_to_hub", "org/name", "--private", "--revision", "v2")
     convert(vocab, tmp_path / "out", *flags)
