@@ -40,8 +40,6 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
     """What is about to run, for the start of the log and for the model card."""
     args, config = trainer.args, trainer.model.config
     run = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    steps = args.warmup_steps
-    warmup = f"{steps:g} steps" if steps >= 1 else f"{args.share_of_warmup():.0%}"
     cut = "filled with documents up to" if data.pack else "cut at"
     return {
         "model": f"{config.model_type}, {config.num_hidden_layers} layers x {config.hidden_size}, "
@@ -52,12 +50,25 @@ def describe(trainer: Trainer, data: DataArguments) -> dict[str, str]:
         f"{data.mlm_probability:.0%} masked ({data.eval_mlm_probability:.0%} in evaluation)",
         "split": f"{args.world_size} process(es) x {args.train_batch_size} rows x "
         f"{args.gradient_accumulation_steps} micro-batches",
-        "optimizer": f"{args.optimizer()} after a warm-up of {warmup}, then "
-        f"{args.lr_scheduler_type.value} to {args.lr_end:.0%}, weight decay {args.weight_decay:g}",
+        "optimizer": f"{args.optimizer()}{schedule(args)}, weight decay {args.weight_decay:g}",
         "computed in": f"{args.precision()} ({args.why_bf16}), attention "
         f"{attention_backend(trainer.model, args)}, on {args.device.type}"
         + (", compiled" if args.torch_compile else ""),
     }
+
+
+def schedule(args) -> str:
+    """How the learning rate changes, in words."""
+    name, steps = args.lr_scheduler_type.value, args.warmup_steps
+    if name == "constant":
+        # Which has no warm-up, whatever is asked for.
+        return ", constant"
+    warmup = f"{steps:g} steps" if steps >= 1 else f"{args.share_of_warmup():.0%}"
+    if name == "linear" or args.lr_end:
+        name = f"{name} to {100 * args.lr_end:g}%"
+    elif args.lr_scheduler_kwargs:
+        name = f"{name} with {args.lr_scheduler_kwargs}"
+    return f" after a warm-up of {warmup}, then {name}"
 
 
 def figures(metrics: dict[str, float]) -> dict[str, str]:

@@ -163,30 +163,40 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     last = wanted == "last"
     check_folder(folder)
     newest, torn = newest_checkpoint(folder)
+    inside = wanted and not last and Path(wanted).resolve().parent == folder.resolve()
     if wanted and not last:
         reason = what_is_torn(Path(wanted)) if Path(wanted).is_dir() else "there is no such folder"
         if reason:
             raise ValueError(f"resume_from_checkpoint {wanted}: {reason}")
-        if Path(wanted).resolve().parent == folder.resolve():
-            if newest and newest.resolve() != Path(wanted).resolve():
-                raise ValueError(f"{newest} is newer than {wanted}: move it away first")
-            return wanted
+        if inside and newest and newest.resolve() != Path(wanted).resolve():
+            raise ValueError(f"{newest} is newer than {wanted}: move it away first")
     if last:
         for reason in torn:
             print(f"passed over {reason}")
         print(f"resuming from {newest or 'the start: there is no complete checkpoint'}")
-    elif newest:
+    elif newest and not inside:
         raise ValueError(
             f"output_dir {folder} holds {newest.name} of another run: choose another folder, "
             "continue with --resume_from_checkpoint last, or move the checkpoints away"
         )
     # One that was killed before its first checkpoint has left its log, and no model.
     begun = (torn or (folder / "log.jsonl").exists()) and not has_model(folder)
-    goes_on = last and (newest or begun)
+    goes_on = inside or last and (newest or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
         other = "" if last else "continue with --resume_from_checkpoint last, "
         raise ValueError(
             f"output_dir {folder} is not empty: choose another, {other}or write into it with "
             "--overwrite"
         )
-    return wanted if wanted and not last else newest and str(newest)
+    chosen = wanted if wanted and not last else newest and str(newest)
+    if chosen and not has_optimizer(Path(chosen)):
+        raise ValueError(
+            f"{chosen} has no optimizer's state, as --save_only_model leaves it: begin another "
+            "run with its weights"
+        )
+    return chosen
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether it has an optimizer's state, as torch, FSDP or DeepSpeed names it."""
+    return any(next(checkpoint.glob(x), None) for x in ("*optimizer*", "global_step*"))

@@ -7,9 +7,11 @@ from pathlib import Path
 import datasets.distributed
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoConfig, AutoModelForMaskedLM
@@ -18,6 +20,7 @@ from mosaic_tools.callbacks import Later, LogFile, MaskEpoch, StopOnSigterm, Thr
 from mosaic_tools.checkpoints import Checkpoints, newest_checkpoint
 from mosaic_tools.corpus import is_stream
 from mosaic_tools.family import HERE, is_ours, load, model_class, read_config
+from mosaic_tools.files import read_json
 from mosaic_tools.masking import MaskingCollator
 from mosaic_tools.muon import MuonWithAdamW
 from mosaic_tools.recipe import MUON, DataArguments, ModelArguments
@@ -27,6 +30,11 @@ from mosaic_tools.tokenization import has_vocabulary_of, largest_id
 
 # Every evaluation masks the same tokens, whatever the training seed.
 EVALUATION_SEED = 17
+# Of config.json, what a resumed run has to have as its checkpoint does.
+THE_SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+THE_SAME += ("intermediate_size", "vocab_size", "hidden_act", "tie_word_embeddings")
+# So many files for each worker of a loader, and their sizes hardly matter.
+MANY_FILES = 16
 
 
 def build_model(args: ModelArguments, tokenizer, max_seq_length: int):
@@ -120,7 +128,7 @@ class MlmTrainer(RecipeTrainer):
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             compute_metrics=masked_accuracy,
-            preprocess_logits_for_metrics=most_likely_tokens,
+            preprocess_logits_for_metrics=guesses_and_losses,
             callbacks=[
                 # Before the clock, which saving does not count for.
                 Checkpoints(self.streams),
@@ -132,6 +140,9 @@ class MlmTrainer(RecipeTrainer):
         )
         # transformers' BERT takes num_items_in_batch and ignores it.
         self.model_accepts_loss_kwargs = is_ours(model.config)
+        if args.label_smoothing_factor and transformers.__version__ < "5":
+            # Whose smoothed loss is a micro-batch's mean.
+            self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, *model):
         if self.args.optim != MUON:
@@ -150,10 +161,21 @@ class MlmTrainer(RecipeTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.resumed_from = resume_from_checkpoint
         if resume_from_checkpoint:
+            self.check_model(Path(resume_from_checkpoint))
             self.check_optimizer(Path(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.check_loss()
         return result
+
+    def check_model(self, checkpoint: Path):
+        """ValueError: the checkpoint is of another model, though its tensors may have the same
+        shapes."""
+        before, config = read_json(checkpoint / "config.json"), self.model.config
+        wrong = [x for x in THE_SAME if x in before and before[x] != getattr(config, x)]
+        if wrong:
+            has = ", ".join(f"{x} {before[x]}" for x in wrong)
+            now = ", ".join(str(getattr(config, x)) for x in wrong)
+            raise ValueError(f"{checkpoint} has {has}, this run {now}: give the same")
 
     def check_optimizer(self, checkpoint: Path):
         """ValueError: it was trained with Muon and this run is not, or the other way round."""
@@ -183,6 +205,13 @@ class MlmTrainer(RecipeTrainer):
         )
         # A worker needs a file of its own.
         workers = min(args.dataloader_num_workers, rows.num_shards)
+        files, readers = self.train_dataset.num_shards, workers * args.world_size
+        if readers > 1 and files < MANY_FILES * readers:
+            self.accelerator.print(
+                f"{files} files are shared by {readers} loader workers, each of which goes round "
+                "in its own: rows of a small file come more often. Give files of one size, or "
+                f"{MANY_FILES} for each worker, or prepare the rows"
+            )
         loader = StatefulDataLoader(
             EndlessStream(rows, self.shuffle_buffer, args.seed),
             batch_size=args.train_batch_size,
@@ -266,17 +295,24 @@ class MlmTrainer(RecipeTrainer):
         super()._save_checkpoint(*args, **kwargs)
 
 
-def most_likely_tokens(logits, labels):
-    """(batch, seqlen, vocab) -> (batch, seqlen): all that the metrics need of the logits."""
-    return logits.argmax(-1)
+def guesses_and_losses(logits, labels):
+    """All that the metrics need of (batch, seqlen, vocab) logits: the most likely tokens and the
+    cross-entropies, nats in float32, 0 where there is no label; (batch, seqlen) each."""
+    masked = labels != -100
+    losses = torch.zeros(labels.shape, device=labels.device)
+    losses[masked] = cross_entropy(logits[masked].float(), labels[masked], reduction="none")
+    return logits.argmax(-1), losses
 
 
 def masked_accuracy(evaluated) -> dict[str, float]:
-    """Share of masked tokens guessed, and what always guessing the commonest of them would give."""
+    """Share of masked tokens guessed, what always guessing the commonest of them would give, and
+    their mean cross-entropy. Trainer's own loss is a mean over rows of their batches' means, which
+    depends on how rows are put into batches."""
     masked = evaluated.label_ids != -100
-    labels, guesses = evaluated.label_ids[masked], evaluated.predictions[masked]
+    labels, guesses, losses = (x[masked] for x in (evaluated.label_ids, *evaluated.predictions))
     count = max(len(labels), 1)
     return {
+        "loss": float(losses.sum(dtype=np.float64) / count),
         "masked_accuracy": float((guesses == labels).sum() / count),
         "commonest_token_accuracy": float(np.bincount(labels, minlength=1).max() / count),
     }

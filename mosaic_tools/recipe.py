@@ -259,6 +259,12 @@ class RecipeArguments(TrainingArguments):
                 "save_total_limit must be at least 2: with 1 the only complete checkpoint is gone "
                 "before the next is known to be complete"
             )
+        if self.auto_find_batch_size and self.global_batch_size is not None:
+            raise ValueError(
+                "leave out --auto_find_batch_size: a step would have fewer rows than the "
+                "global_batch_size; lower --per_device_train_batch_size, which changes the speed "
+                "and nothing else"
+            )
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(

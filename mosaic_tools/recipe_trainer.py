@@ -13,11 +13,15 @@ from mosaic_tools.checkpoints import (
     way_on,
 )
 from mosaic_tools.family import is_ours, listed
+from mosaic_tools.files import read_json, write_json
 from mosaic_tools.publishing import remove_derived
 from mosaic_tools.tokenization import make_tokenizer_portable
 
 # Of a group of parameters, what belongs to an optimizer's state, not to its settings.
 KEPT = ("params", "lr", "fused", "foreach", "capturable", "differentiable")
+
+# Of a checkpoint: what decides which rows a step has.
+ORDER = "order.json"
 
 
 class RecipeTrainer(Trainer):
@@ -52,6 +56,7 @@ class RecipeTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not checkpoint:
             return
+        self.say_if_rows_change(Path(checkpoint, ORDER))
         groups, schedule = self.optimizer.param_groups, self.lr_scheduler
         before = [group.get("initial_lr") for group in groups]
         for group, values in zip(groups, told, strict=True):
@@ -77,6 +82,31 @@ class RecipeTrainer(Trainer):
             if self.is_world_process_zero():
                 Path(self.args.output_dir, name, COMPLETE).unlink(missing_ok=True)
             super()._save_checkpoint(*args, **kwargs)
+            if self.is_world_process_zero():
+                write_json(Path(self.args.output_dir, name, ORDER), self.order())
+
+    def order(self) -> dict[str, int | None]:
+        """What decides which rows a step has; of a stream nothing, whose place is saved."""
+        rows = self.train_dataset
+        parts = list(rows.values()) if isinstance(rows, dict) else [rows]
+        if not all(hasattr(x, "__len__") for x in parts):
+            return {}
+        return {
+            "rows": sum(map(len, parts)),
+            "global_batch_size": self.args.rows_per_step(),
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+        }
+
+    def say_if_rows_change(self, file: Path):
+        """Prints how a checkpoint's rows were ordered, if this run orders them otherwise."""
+        before, now = (read_json(file) if file.is_file() else {}), self.order()
+        changed = [f"{x} {before[x]}, not {now[x]}" for x in now if before.get(x, now[x]) != now[x]]
+        if changed:
+            self.accelerator.print(
+                f"{file.parent} was trained with {listed(changed)}: in this epoch some rows are "
+                "left out or come twice"
+            )
 
     def check_weights(self):
         """FloatingPointError: weights are not finite, of which nothing must be saved."""

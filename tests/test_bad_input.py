@@ -390,6 +390,12 @@ TRAINING = [
     ("no output", "train_mlm --train_file text.txt", "give --output_dir"),
     ("a folder with files", f"{MLM} --output_dir full", "output_dir full is not empty: choose"),
     ("weights to be cast", f"{MLM} --bf16_full_eval true", "leave out --bf16_full_eval: it casts"),
+    (
+        "steps of fewer rows than the batch",
+        f"{MLM} --auto_find_batch_size true --global_batch_size 8",
+        "leave out --auto_find_batch_size: a step would have fewer rows",
+        "lower --per_device_train_batch_size",
+    ),
     ("a file as output", f"{MLM} --output_dir text.txt", "text.txt", *FOLDER),
     ("output in a file", f"{MLM} --output_dir text.txt/out", "text.txt", *FOLDER),
     ("no such checkpoint", f"{MLM} --resume_from_checkpoint none", "none: there is no such folder"),

@@ -146,7 +146,9 @@ def test_two_processes_share_a_stream(whole, tmp_path):
         (tmp_path / f"{i}.txt").write_text("\n".join(DOCUMENTS[i * 40 : i * 40 + 40]))
     config = flags(config_file=ROOT / "recipes" / "accelerate" / "cpu.yaml", num_processes=2)
     command = [*arguments(whole, train_file="?.txt", max_steps=6, output_dir="two"), "--streaming"]
-    run(tmp_path, *ACCELERATE, *config, *command)
+    said = run(tmp_path, *ACCELERATE, *config, *command)
+    # Which read here without workers.
+    assert "loader workers" not in said
     entries = [entry for entry in read_log(tmp_path / "two") if "loss" in entry]
     assert len(entries) == 6
     for entry in entries:
@@ -281,6 +283,22 @@ def test_a_complete_run_that_is_resumed_ends_as_it_had(train, tmp_path):
     assert newest_checkpoint(tmp_path / "out")[0].name == "checkpoint-6"
     with pytest.raises(ValueError, match="checkpoint is of step 6, of which the run has 3"):
         train(max_steps=3, resume_from_checkpoint="last")
+
+
+def test_a_run_goes_on_with_the_same_model_and_says_if_rows_change(train, tmp_path, capfd):
+    """Weights of other heads fit, and rows of another order were read, both without a word."""
+    values = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no"}
+    train(**values)
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-3 has num_attention_heads 2, this run 4: giv"):
+        train(**values, num_attention_heads=4, resume_from_checkpoint="last")
+    capfd.readouterr()
+    train(**values, resume_from_checkpoint="last")
+    assert "or come twice" not in capfd.readouterr().out
+    (tmp_path / "out" / "checkpoint-6" / "complete.json").unlink()
+    train(**values, seed=43, global_batch_size=4, resume_from_checkpoint="last")
+    said = capfd.readouterr().out
+    assert "checkpoint-3 was trained with global_batch_size 16, not 4, seed 42, not 43" in said
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])

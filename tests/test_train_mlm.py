@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -305,13 +304,53 @@ def test_weight_decay_reaches_every_parameter():
 
 def test_metrics_need_token_ids_only_and_count_masked_ones():
     logits = torch.tensor([[[0.0, 2, 1], [3, 0, 0], [0, 0, 1]]])
-    guesses = mlm_trainer.most_likely_tokens(logits, None)
+    labels = torch.tensor([[1, -100, 1]])
+    guesses, losses = mlm_trainer.guesses_and_losses(logits, labels)
     assert guesses.tolist() == [[1, 0, 2]]
-    labels = np.array([[1, -100, 1]])
     metrics = mlm_trainer.masked_accuracy(
-        SimpleNamespace(predictions=guesses.numpy(), label_ids=labels)
+        SimpleNamespace(predictions=(guesses.numpy(), losses.numpy()), label_ids=labels.numpy())
     )
+    first = math.log(1 + math.e**2 + math.e) - 2
+    last = math.log(2 + math.e)
+    assert metrics.pop("loss") == pytest.approx((first + last) / 2)
     assert metrics == {"masked_accuracy": 0.5, "commonest_token_accuracy": 1.0}
+
+
+@pytest.mark.parametrize("model_type", ["mosaic_bert", "bert"])
+def test_the_evaluations_loss_does_not_depend_on_its_batches(trained, tmp_path, model_type):
+    """A batch's mean counted by its rows, however few of their tokens were masked."""
+    lines = DOCUMENTS[:6] + [f"the {x}" for x in ("old", "young", "man", "reader", "book")] * 3
+    (tmp_path / "held-out.txt").write_text("\n".join(lines))
+    losses = []
+    for size in (1, 4, 64):
+        values = SIZES | {"train_file": trained.cwd / "text.txt", "seed": 7, "max_steps": 1}
+        values |= {"validation_file": "held-out.txt", "per_device_eval_batch_size": size}
+        values |= {"output_dir": f"out-{size}", "cpu_threads": 1, "bf16": "false"}
+        values |= {"tokenizer_name": trained.folder, "model_type": model_type}
+        run(tmp_path, ROOT / "train_mlm.py", *flags(**values))
+        losses.append(read_json(tmp_path, f"out-{size}", "eval_results.json")["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, " after a warm-up of 6%, then linear to 0%"),
+        ({"lr_end": 0.002}, " after a warm-up of 6%, then polynomial to 0.2%"),
+        ({"lr_scheduler_type": "constant"}, ", constant"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9},
+            " after a warm-up of 9 steps, then constant_with_warmup",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
+            " after a warm-up of 6%, then cosine_with_min_lr with {'min_lr': 1e-05}",
+        ),
+    ],
+)
+def test_a_card_says_no_end_that_a_schedule_does_not_have(tmp_path, values, expected):
+    args = RecipeArguments(output_dir=str(tmp_path), **values)
+    assert train_mlm.schedule(args) == expected
 
 
 # ---- bad input ----
@@ -340,6 +379,25 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="missing/checkpoint-7: there is no such folder"):
         checkpoints.checkpoint_to_resume(recipe)
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed_from(tmp_path):
+    """The rate began anew at its peak, without a word."""
+    checkpoint = checkpoint_of(tmp_path, 5)
+    (checkpoint / "optimizer.pt").rename(checkpoint / "weights.pt")
+    (checkpoint / "complete.json").unlink()
+    mark_complete(checkpoint)
+    for wanted in ("last", str(checkpoint)):
+        recipe = RecipeArguments(output_dir=str(tmp_path), resume_from_checkpoint=wanted)
+        with pytest.raises(ValueError, match="checkpoint-5 has no optimizer's state, as --save_on"):
+            checkpoints.checkpoint_to_resume(recipe)
+    for name in ("optimizer_0/x", "global_step5/x", "optimizer.bin"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).touch()
+        assert checkpoints.checkpoint_to_resume(recipe) == str(checkpoint)
+        (checkpoint / name).unlink()
+        if "/" in name:
+            (checkpoint / name).parent.rmdir()
 
 
 def checkpoint_of(folder, step):
