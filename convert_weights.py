@@ -55,9 +55,9 @@ from mosaic_tools.publishing import (
     carry_pooling,
     check_modules,
     check_repo_id,
+    pools,
     publish,
     remove_derived,
-    settings_of,
 )
 from mosaic_tools.tokenization import load_tokenizer, make_tokenizer_portable
 from mosaic_tools.weights import fetch, read_config, read_tensors
@@ -265,7 +265,7 @@ def convert(
     if (path / ADAPTERS[0]).is_file():
         raise ValueError(
             f"{source} has an adapter beside its weights, which would be lost: merge it first, by "
-            "peft's merge_and_unload() and save_pretrained"
+            "peft's merge_and_unload() and save_pretrained, or delete it if it is merged already"
         )
     found, tensors = to_ours(read_tensors(path))
     check_finite(source, tensors)
@@ -285,8 +285,7 @@ def convert(
             raise ValueError("clients need a tokenizer, and the source has none: pass --tokenizer")
         task, auto_class, tensors = for_task(source, architecture, auto_class, tensors, task)
         dtype = "float32"
-    embeds = {"jina": True, "onnx": task == "feature-extraction"}
-    embeds = embeds.get(layout, bool(settings_of(path, "modules.json", list)))
+    embeds = {"jina": True, "onnx": task == "feature-extraction", "mosaic": pools(path)}[layout]
     if embeds:
         check_modules(source)
     model = make_model(auto_class, config, tensors)
@@ -470,11 +469,12 @@ def new_folder(path: Path, overwrite: bool):
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path} is not empty: choose another folder, or pass --overwrite")
     # On the same disk; the folders on the way are made at the end only.
-    place = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
+    place = next(x for x in path.absolute().parents if x.exists())
+    if path.exists() and path.stat().st_dev != place.stat().st_dev:
+        place = path
     with tempfile.TemporaryDirectory(dir=place, prefix=".converting-") as temporary:
         yield Path(temporary)
         path.mkdir(parents=True, exist_ok=True)
-        remove_derived(path)
         written = set()
         for file in (x for x in Path(temporary).rglob("*") if x.is_file()):
             target = path / file.relative_to(temporary)
@@ -482,6 +482,7 @@ def new_folder(path: Path, overwrite: bool):
             os.replace(file, target)
             written.add(target)
         # Nothing of the former model is deleted before the new one is there.
+        remove_derived(path, kept=written)
         for file in (x for pattern in FORMER for x in path.glob(pattern)):
             if file not in written and file.is_file():
                 file.unlink()

@@ -101,7 +101,7 @@ def finetune(run: Run, task: Task, model, rows: dict, tokenizer, model_args, arg
     )
     if trainer.is_world_process_zero():
         # Of a run that was killed; one of them could pass for the best of this.
-        for checkpoint in run.folder.glob("checkpoint-*"):
+        for checkpoint in run.folder.glob("checkpoint-*/"):
             shutil.rmtree(checkpoint)
     seconds = trainer.train().metrics["train_runtime"]
     found = {}

@@ -183,7 +183,7 @@ def choose_checkpoint(args: RecipeArguments) -> str | None:
     begun = (torn or (folder / "log.jsonl").exists()) and not has_model(folder)
     goes_on = inside or last and (newest or begun)
     if folder.exists() and any(folder.iterdir()) and not (goes_on or args.overwrite):
-        other = "" if last else "continue with --resume_from_checkpoint last, "
+        other = "continue with --resume_from_checkpoint last, " if begun and not last else ""
         raise ValueError(
             f"output_dir {folder} is not empty: choose another, {other}or write into it with "
             "--overwrite"

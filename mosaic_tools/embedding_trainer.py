@@ -30,6 +30,7 @@ from mosaic_tools.recipe_trainer import RecipeTrainer, has_token_types, max_leng
 from mosaic_tools.tokenization import largest_id, load_tokenizer, make_tokenizer_portable
 
 try:
+    import sentence_transformers
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -466,15 +467,15 @@ class EmbeddingTrainer(RecipeTrainer, SentenceTransformerTrainer):
         and training would end before the learning rate does."""
         rows = batch_size * self.args.world_size
         sampler = super().get_batch_sampler(dataset, rows, **kwargs)
-        if not isinstance(sampler, NoDuplicatesBatchSampler):
+        is_old = int(sentence_transformers.__version__.split(".")[0]) < 6
+        if not (is_old and isinstance(sampler, NoDuplicatesBatchSampler) and sampler.drop_last):
             return sampler
         batches = sum(1 for _ in sampler)
-        if batches == len(sampler):
-            return sampler
-        self.accelerator.print(
-            f"{batches * rows:,} of {len(dataset):,} rows fit into batches of {rows} that have no "
-            "text twice: an epoch reads so many"
-        )
+        if batches < len(sampler):
+            self.accelerator.print(
+                f"{batches * rows:,} of {len(dataset):,} rows fit into batches of {rows} that have "
+                "no text twice: an epoch reads so many"
+            )
         return Share(sampler, batches)
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers: list, **kwargs):

@@ -127,7 +127,7 @@ class MlmTrainer(RecipeTrainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            compute_metrics=masked_accuracy,
+            compute_metrics=of_masked_tokens,
             preprocess_logits_for_metrics=guesses_and_losses,
             callbacks=[
                 # Before the clock, which saving does not count for.
@@ -169,8 +169,11 @@ class MlmTrainer(RecipeTrainer):
 
     def check_model(self, checkpoint: Path):
         """ValueError: the checkpoint is of another model, though its tensors may have the same
-        shapes."""
+        shapes. Sharded ones have no config.json, and are not looked at."""
         before, config = read_json(checkpoint / "config.json"), self.model.config
+        if before:
+            # Which transformers leaves out.
+            before.setdefault("tie_word_embeddings", True)
         wrong = [x for x in THE_SAME if x in before and before[x] != getattr(config, x)]
         if wrong:
             has = ", ".join(f"{x} {before[x]}" for x in wrong)
@@ -205,12 +208,14 @@ class MlmTrainer(RecipeTrainer):
         )
         # A worker needs a file of its own.
         workers = min(args.dataloader_num_workers, rows.num_shards)
-        files, readers = self.train_dataset.num_shards, workers * args.world_size
+        files = self.train_dataset.num_shards
+        # Processes share files only if each has as many.
+        readers = max(1, workers) * (1 if files % args.world_size else args.world_size)
         if readers > 1 and files < MANY_FILES * readers:
             self.accelerator.print(
-                f"{files} files are shared by {readers} loader workers, each of which goes round "
-                "in its own: rows of a small file come more often. Give files of one size, or "
-                f"{MANY_FILES} for each worker, or prepare the rows"
+                f"{files} files are shared by {readers} readers, each of which goes round in its "
+                "own: if they are of unequal size, rows of small ones come more often. Give files "
+                f"of one size, or {MANY_FILES} for each reader, or prepare the rows"
             )
         loader = StatefulDataLoader(
             EndlessStream(rows, self.shuffle_buffer, args.seed),
@@ -304,7 +309,7 @@ def guesses_and_losses(logits, labels):
     return logits.argmax(-1), losses
 
 
-def masked_accuracy(evaluated) -> dict[str, float]:
+def of_masked_tokens(evaluated) -> dict[str, float]:
     """Share of masked tokens guessed, what always guessing the commonest of them would give, and
     their mean cross-entropy. Trainer's own loss is a mean over rows of their batches' means, which
     depends on how rows are put into batches."""
@@ -312,7 +317,7 @@ def masked_accuracy(evaluated) -> dict[str, float]:
     labels, guesses, losses = (x[masked] for x in (evaluated.label_ids, *evaluated.predictions))
     count = max(len(labels), 1)
     return {
-        "loss": float(losses.sum(dtype=np.float64) / count),
+        "loss": float(losses.mean(dtype=np.float64)) if len(labels) else math.nan,
         "masked_accuracy": float((guesses == labels).sum() / count),
         "commonest_token_accuracy": float(np.bincount(labels, minlength=1).max() / count),
     }

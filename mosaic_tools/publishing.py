@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import RevisionNotFoundError, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
@@ -59,6 +59,12 @@ def settings_of(source: str, name: str, kind: type = dict):
         return read_json(inside(Path(source), name), kind) if Path(source).is_dir() else kind()
     file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return read_json(Path(file), kind) if file else kind()
+
+
+def pools(source: str | Path) -> bool:
+    """Whether it is a SentenceTransformer; a CrossEncoder lists its modules too."""
+    modules = settings_of(source, "modules.json", list)
+    return any(isinstance(x, dict) and str(x.get("type")).endswith("Pooling") for x in modules)
 
 
 def check_modules(source: str) -> list[str]:
@@ -150,14 +156,15 @@ def write_pooling(folder: str | Path, dim: int, max_length: int, normalize: bool
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def remove_derived(folder: str | Path):
-    """Deletes what was made of weights that are about to be replaced, and would be loaded instead
-    of the new ones, or with them: exports, what is compiled, adapters, the list of modules."""
+def remove_derived(folder: str | Path, kept: set[Path] = frozenset()):
+    """Deletes what was made of weights that are replaced, and would be loaded instead of the new
+    ones, or with them, all but `kept`: exports, what is compiled, adapters, the list of modules."""
     derived = (*EXPORTS, "openvino/openvino_*", *ADAPTERS, *POOLING_FILES, "router_config.json")
     derived += (aot.FILE, aot.LOADER)
     for pattern in (*derived, PROMPTS):
         for file in Path(folder).glob(pattern):
-            file.unlink()
+            if file not in kept:
+                file.unlink()
 
 
 # ---- the Hub ----
@@ -182,7 +189,8 @@ def publish(
 
     Raises:
         ValueError: `repo_id` or `revision` is no name, the folder is incomplete or leads out of
-            itself, or the repository is public and `private` is True.
+            itself, the repository is public and `private` is True, or it has a model for PyTorch
+            and the folder a graph alone.
         OSError: the upload failed. The folder is as it was.
     """
     check_repo_id(repo_id, revision)
@@ -192,15 +200,15 @@ def publish(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             refused = "exists and is public: nothing was uploaded"
-        elif revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = set() if refused else set(api.list_repo_files(repo_id, revision=revision))
+        there = set() if refused else files_on_the_hub(api, repo_id, revision)
         if is_graph(Path(folder)) and any(fnmatch(x, y) for x in there for y in WEIGHTS):
             refused = (
                 "has a model for PyTorch, which this folder's config.json would turn into a stock "
-                "BERT: nothing was uploaded; choose another repository or --revision"
+                "BERT: nothing was uploaded; choose another repository"
             )
         if not refused:
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.upload_folder(
                 folder_path=folder,
                 repo_id=repo_id,
@@ -227,6 +235,15 @@ def publish(
             "weights: delete them there, or upload them anew"
         )
     return commit.commit_url
+
+
+def files_on_the_hub(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """Names of a branch's files; of one that is not there those of the main one, as it will have
+    them."""
+    try:
+        return set(api.list_repo_files(repo_id, revision=revision))
+    except RevisionNotFoundError:
+        return set(api.list_repo_files(repo_id))
 
 
 def check_repo_id(repo_id: str, revision: str | None = None):

@@ -91,11 +91,11 @@ class RecipeTrainer(Trainer):
         parts = list(rows.values()) if isinstance(rows, dict) else [rows]
         if not all(hasattr(x, "__len__") for x in parts):
             return {}
+        args = self.args
         return {
             "rows": sum(map(len, parts)),
-            "global_batch_size": self.args.rows_per_step(),
-            "seed": self.args.seed,
-            "data_seed": self.args.data_seed,
+            "global_batch_size": args.rows_per_step(),
+            "seed": args.seed if args.data_seed is None else args.data_seed,
         }
 
     def say_if_rows_change(self, file: Path):

@@ -143,6 +143,11 @@ def plan(
         for seed in seeds:
             keep = seed == seeds[0] or args.save_all_seeds
             place = folder / name / f"seed-{seed}"
+            if Path(model).resolve().is_relative_to(place.resolve()):
+                raise ValueError(
+                    f"--model {model} lies in {place}, which this command writes: choose another "
+                    "--output_dir"
+                )
             its_own = values | {"seed": seed, "output_dir": str(place)}
             runs.append(Run(name, seed, place, start, keep, settings, its_own))
         if name == "mnli":
@@ -163,10 +168,12 @@ def settings_of(
         *(args.metric_for_best_model, args.greater_is_better),
         *(args.eval_strategy, args.eval_steps),
     )
+    # lr_end is among them already; transformers 4 has empty keywords where 5 has none.
+    keywords = None if args.lr_end else args.lr_scheduler_kwargs or None
     return {
         "rows_per_step": args.rows_per_step(),
-        # transformers 4 has empty keywords where 5 has none.
-        **{key: None if (x := getattr(args, key)) == {} else x for key in SETTINGS},
+        **{key: getattr(args, key) for key in SETTINGS},
+        "lr_scheduler_kwargs": keywords,
         "best_of": args.load_best_model_at_end and list(best_of),
         "dropout": model_args.dropout(),
         "low_precision_layernorm": model_args.low_precision_layernorm,
@@ -178,8 +185,9 @@ def settings_of(
 
 
 def digest(settings: dict) -> str:
-    """Tells settings from others."""
-    text = json.dumps(settings, sort_keys=True, default=str)
+    """Tells settings from others. One that is None is none, as earlier versions lacked some."""
+    values = {key: x for key, x in settings.items() if x is not None}
+    text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

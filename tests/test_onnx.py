@@ -380,6 +380,15 @@ def test_length_of_texts_and_of_embeddings_and_prompts_are_the_sources(
     assert len(tokenizer("a " * 20, truncation=True)["input_ids"]) == 9
 
 
+def test_a_cross_encoder_does_not_become_an_embedder(mlm, tmp_path):
+    """Which lists modules too, without pooling."""
+    source = shutil.copytree(mlm[1], tmp_path / "source")
+    kind = "sentence_transformers.base.modules.transformer.Transformer"
+    (source / "modules.json").write_text(json.dumps([{"path": "", "type": kind}]))
+    convert_weights.main([str(source), str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "modules.json").exists()
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_package_that_is_not_installed_is_named_before_anything_is_made(
     mlm, tmp_path, monkeypatch, missing

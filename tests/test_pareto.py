@@ -288,7 +288,7 @@ def test_an_interrupted_curve_goes_on_from_its_own_checkpoints(tmp_path, monkeyp
     monkeypatch.setattr(pareto, "folder_of", lambda *_: tmp_path)
     monkeypatch.setattr(pareto, "training", lambda _, __, ___, folder, *____, **_____: folder)
     # The trunk has gone further.
-    for steps in (3400, 6800):
+    for steps in (1700, 3400, 6800):
         (tmp_path / "trunk" / f"checkpoint-{steps}").mkdir(parents=True)
         mark_complete(tmp_path / "trunk" / f"checkpoint-{steps}")
     (tmp_path / "10").mkdir()

@@ -302,12 +302,12 @@ def test_weight_decay_reaches_every_parameter():
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_metrics_need_token_ids_only_and_count_masked_ones():
+def test_metrics_need_token_ids_and_losses_and_count_masked_ones():
     logits = torch.tensor([[[0.0, 2, 1], [3, 0, 0], [0, 0, 1]]])
     labels = torch.tensor([[1, -100, 1]])
     guesses, losses = mlm_trainer.guesses_and_losses(logits, labels)
     assert guesses.tolist() == [[1, 0, 2]]
-    metrics = mlm_trainer.masked_accuracy(
+    metrics = mlm_trainer.of_masked_tokens(
         SimpleNamespace(predictions=(guesses.numpy(), losses.numpy()), label_ids=labels.numpy())
     )
     first = math.log(1 + math.e**2 + math.e) - 2

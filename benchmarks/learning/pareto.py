@@ -266,7 +266,7 @@ def pretrain(args, name: str, seed: int, part: int, execute) -> dict[float, Path
     trunk, warm_up = folder / "trunk", {"warmup_steps": max(1, PARTS * part // 5)}
     if name not in WITHOUT_TRUNK:
         steps = max(branches.values())
-        if what_is_torn(trunk / f"checkpoint-{steps}"):
+        if any(what_is_torn(trunk / f"checkpoint-{x}") for x in branches.values()):
             flags = {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps"}
             flags |= {"save_steps": (PARTS - DECAY) * part, "resume_from_checkpoint": "last"}
             flags |= warm_up | ON_TRUNK.get(name, {})
