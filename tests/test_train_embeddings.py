@@ -210,7 +210,7 @@ def test_hard_negatives_are_mined_and_trained_with(golden, tmp_path, monkeypatch
     train(monkeypatch, *["--matryoshka_dims", 32, 96], **write_data(tmp_path), **values)
     said = capsys.readouterr().out
     assert "data: train.jsonl: 1_train: 12 rows of anchor, positive, negative_1, negative_2" in said
-    assert "loss: CachedMultipleNegativesRankingLoss, dimensions [32, 96]" in said
+    assert "loss: CachedMultipleNegativesRankingLoss, of the first 32, 96 dimensions" in said
     assert 0 < losses(tmp_path / "out")[0] < 20
     first, last = (read_log(tmp_path / "out")[i] for i in (0, -1))
     name, card = "eval_dim_32_cosine_ndcg@10", (tmp_path / "out" / "README.md").read_text()
