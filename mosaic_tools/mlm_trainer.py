@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked language modelling: the model to train, the Trainer that trains it, its metrics."""
 
+import inspect
 import math
 from pathlib import Path
 
 import datasets.distributed
 import numpy as np
 import torch
-import transformers
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -140,8 +140,9 @@ class MlmTrainer(RecipeTrainer):
         )
         # transformers' BERT takes num_items_in_batch and ignores it.
         self.model_accepts_loss_kwargs = is_ours(model.config)
-        if args.label_smoothing_factor and transformers.__version__ < "5":
-            # Whose smoothed loss is a micro-batch's mean.
+        smoother = self.label_smoother
+        if smoother and "num_items_in_batch" not in inspect.signature(smoother).parameters:
+            # Older ones' smoothed loss is a micro-batch's mean.
             self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, *model):
