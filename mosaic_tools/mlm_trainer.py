@@ -31,8 +31,8 @@ from mosaic_tools.tokenization import has_vocabulary_of, largest_id
 # Every evaluation masks the same tokens, whatever the training seed.
 EVALUATION_SEED = 17
 # Of config.json, what a resumed run has to have as its checkpoint does.
-THE_SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-THE_SAME += ("intermediate_size", "vocab_size", "hidden_act", "tie_word_embeddings")
+THE_SAME = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+THE_SAME += ("vocab_size", "hidden_act", "tie_word_embeddings")
 # So many files for each worker of a loader, and their sizes hardly matter.
 MANY_FILES = 16
 
